@@ -1,0 +1,23 @@
+"""Prefect flows. Importing this package sets what a local run needs before Prefect reads its settings.
+
+Everything is a default: a deployment's environment, a profile or a shell that says otherwise wins.
+"""
+
+import os
+from pathlib import Path
+
+_DEFAULTS = {
+    "PREFECT_HOME": str(Path.cwd() / ".prefect"),  # the project's own, not the user's
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    # The temporary server took 16 s to start on two cores, 40 s the first time; Prefect gives up after 20 by default.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    # One calm line an event; Prefect's own chatter only from warnings on.
+    "PREFECT_LOGGING_LEVEL": "WARNING",
+    "PREFECT_LOGGING_LOGGERS_PREFECT_FLOW_RUNS_LEVEL": "INFO",
+    "PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL": "INFO",
+    "PREFECT_LOGGING_FORMATTERS_STANDARD_FLOW_RUN_FMT": "%(asctime)s  %(message)s",
+    "PREFECT_LOGGING_FORMATTERS_STANDARD_TASK_RUN_FMT": "%(asctime)s  %(message)s",
+}
+for _name, _value in _DEFAULTS.items():
+    os.environ.setdefault(_name, _value)

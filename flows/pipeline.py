@@ -1,0 +1,122 @@
+"""The pipeline: documents and chats in, an evaluated specialist and its report out.
+
+    python -m flows.pipeline --config configs/regulator.yaml --hardware cpu
+    python -m flows.pipeline --config ... --only sft          one stage, from what stands before it
+    python -m flows.pipeline --config ... --until cpt         everything up to a stage
+    python -m flows.pipeline --config ... --force sft         again, though it stands; the old one is set aside
+    python -m flows.pipeline --config ... --plan              what would run and why; runs nothing
+
+Exit codes: 0 done; 2 bad input; 75 stopped with a checkpoint saved, run again to resume; 1 anything else; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from flows.console import calm
+from tasks.config import load_config, load_hardware
+from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
+from tasks.evaluate import evaluate
+from tasks.launch import Preempted, WorkerFailed
+from tasks.plan import GROUPS, Planned, make_plan, render, select
+from tasks.prepare import prepare
+from tasks.report import report
+from tasks.reporting import result_table_text
+from tasks.train import train
+
+Stage = Literal["prepare", "cpt", "sft", "evaluate", "report"]
+DEFAULT_CONFIG = "configs/regulator.yaml"
+
+
+def run_name() -> str:
+    """A flow run's name: `regulator on cpu`."""
+    said = flow_run.parameters
+    return f"{Path(said['config']).stem}" + (f" on {said['hardware']}" if said.get("hardware") else "")
+
+
+@flow(name="pipeline", flow_run_name=run_name)
+def pipeline(
+    config: str = DEFAULT_CONFIG,
+    hardware: str | None = None,
+    only: Stage | None = None,
+    until: Stage | None = None,
+    force: Stage | None = None,
+) -> None:
+    """Data, CPT, SFT, evaluation, report: every stage reuses what stands and computes what does not."""
+    plan = load_plan(config, hardware)
+    wanted = select(plan, only, until)
+
+    rows: dict[str, Any] = {}
+    models: list[Any] = []
+    results = None
+    for name in ("cpt", "sft"):  # the data of both stages first: bad data shows before hours of training
+        if f"prepare_{name}" in wanted:
+            rows[name] = prepare(plan[f"prepare_{name}"], force=force == "prepare")
+    for name in ("cpt", "sft"):
+        if name in wanted:
+            models.append(train(plan[name], rows.get(name), *models, force=force == name))
+    if evaluations := [plan[name] for name in wanted if name.startswith("evaluate_")]:
+        results = evaluate(evaluations, *models, force=force == "evaluate")
+    if "report" in wanted:
+        report(plan["report"], *rows.values(), *models, results, force=force == "report")
+
+
+def load_plan(config: str, hardware: str | None) -> dict[str, Planned]:
+    """The plan of a run's file; `hardware` overrides its tag."""
+    run = load_config(config)
+    tag = hardware or run.hardware
+    return make_plan(run, Path(config), tag, load_hardware(tag))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = _parse(argv)
+    calm()
+    try:
+        plan = load_plan(options.config, options.hardware)  # a bad config is told before any server starts
+        if options.plan:
+            print(render(plan))
+            return 0
+        pipeline(options.config, options.hardware, options.only, options.until, options.force)
+        _show_results(plan)
+        return 0
+    except UserError as error:
+        print(f"\n{error}\n", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except Preempted as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        return EXIT_PREEMPTED
+    except WorkerFailed as failed:
+        print(f"\n{failed}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def _show_results(plan: dict[str, Planned]) -> None:
+    directory = plan["report"].directory
+    if (directory / "results.csv").is_file():
+        print(f"\n{result_table_text(directory)}\n\nreport: {directory / 'report.html'}")
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="flows.pipeline", description="CPT, then SFT, then proof.")
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help=f"a run's file (default {DEFAULT_CONFIG})")
+    parser.add_argument("--hardware", help="a tag of configs/hardware.yaml (default: the config's)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", choices=GROUPS, help="run this stage alone")
+    which.add_argument("--until", choices=GROUPS, help="run up to this stage")
+    parser.add_argument("--force", choices=GROUPS, help="run this stage again though it stands")
+    parser.add_argument("--plan", action="store_true", help="print what would run and why, and stop")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

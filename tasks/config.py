@@ -1,0 +1,375 @@
+"""The schema of a run: what a YAML file in `configs/` may say. Frozen, unknown keys refused, no side effects.
+
+`load_config` reads one file into a `Run`; `load_hardware` reads one row (a tag) of `configs/hardware.yaml`. Both
+name file, line, key, value and what is allowed when something is wrong. Units stand in names; a share is a fraction.
+Paths are relative to the project's root, from which every command runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tasks.errors import UserError
+
+HARDWARE_FILE = Path("configs/hardware.yaml")
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class Misplaced(ValueError):
+    """A value that contradicts another one; says at which key below its section."""
+
+    def __init__(self, text: str, *location: str) -> None:
+        super().__init__(text)
+        self.location = location
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Model(Section):
+    """The base model: a local folder, or a hub id (never guessed: a hub id needs `hub: true`)."""
+
+    path: str
+    hub: bool = False
+    revision: str | None = None
+    seq_len: int = Field(gt=1, description="tokens a packed row")
+    chat_template: str | None = Field(None, description="Jinja file, for a tokenizer without a template")
+
+
+class HubDataset(Section):
+    """A dataset of the hub."""
+
+    id: str
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+
+class Source(Section):
+    """Where data comes from (`files:` or `hf:`) and which fields hold it (exactly one kind of record).
+
+    Documents: `text`. Chats: `messages`, or `prompt` + `completion`, or Alpaca's `instruction` + `input` + `output`, or
+    ShareGPT's `conversations`. Each value is the name of a field.
+    """
+
+    files: str | list[str] | None = Field(None, description="globs: .jsonl .json .csv .parquet .txt .md, also .gz .zst")
+    hf: HubDataset | None = None
+    text: str | None = None
+    messages: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    instruction: str | None = None
+    input: str | None = None
+    output: str | None = None
+    conversations: str | None = None
+    min_chars: int = Field(16, ge=1, description="shorter documents are dropped, and counted")
+
+    @property
+    def globs(self) -> list[str]:
+        """The source's globs; empty for a dataset of the hub."""
+        return [self.files] if isinstance(self.files, str) else list(self.files or [])
+
+    @property
+    def kind(self) -> Literal["text", "messages", "prompt", "instruction", "conversations"]:
+        """The kind of record, named by its leading field."""
+        for kind in ("text", "messages", "prompt", "instruction", "conversations"):
+            if getattr(self, kind) is not None:
+                return kind  # type: ignore[return-value]
+        raise AssertionError("checked by _check")
+
+    @model_validator(mode="after")
+    def _check(self) -> Source:
+        if (self.files is None) == (self.hf is None):
+            raise ValueError("a source needs exactly one of 'files' and 'hf'")
+        leading = [k for k in ("text", "messages", "prompt", "instruction", "conversations") if getattr(self, k)]
+        if len(leading) != 1:
+            raise ValueError(
+                "a source needs exactly one kind of record: 'text', 'messages', 'prompt' + 'completion', "
+                f"'instruction' (+ 'input') + 'output', or 'conversations'; found {leading or 'none'}"
+            )
+        for field, needs in (("prompt", "completion"), ("completion", "prompt"), ("instruction", "output"),
+                             ("output", "instruction"), ("input", "instruction")):  # fmt: skip
+            if getattr(self, field) and not getattr(self, needs):
+                raise ValueError(f"'{field}' needs '{needs}' beside it")
+        return self
+
+
+class MaxEpochs(Section):
+    """How often a source may repeat to fill its budget."""
+
+    mix: float = Field(4.0, gt=0)
+    replay: float = Field(1.0, gt=0)
+
+
+class Checkpoint(Section):
+    """When a checkpoint is saved. Where and when are no part of a stage's identity."""
+
+    every_steps: int | None = Field(None, gt=0)
+    every_minutes: float | None = Field(30.0, gt=0)
+    keep_last: int = Field(2, ge=1)
+
+
+class TrainStage(Section):
+    """One training stage (`cpt` or `sft`): its data, its budget and its schedule."""
+
+    tokens: int | None = Field(None, gt=0, description="budget of the stage, all sources together")
+    epochs: float | None = Field(None, gt=0, description="instead of tokens: passes over `mix`; replay comes on top")
+    mix: dict[str, Share] = Field(min_length=1, description="shares of what is not replay; they add up to 1")
+    replay: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default_factory=dict, description="shares of all tokens of the stage"
+    )
+    max_epochs: MaxEpochs = MaxEpochs()
+    overflow: Literal["error", "drop", "truncate"] = Field("error", description="a conversation longer than a row")
+    learning_rate: float = Field(gt=0, lt=1)
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    batch_tokens: int = Field(gt=0, description="tokens an optimizer step, all processes together")
+    weight_decay: float = Field(0.0, ge=0)
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    max_grad_norm: float = Field(1.0, gt=0)
+    checkpoint: Checkpoint = Checkpoint()
+
+    @property
+    def replay_share(self) -> float:
+        """Replay's share of all tokens of the stage."""
+        return sum(self.replay.values())
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Every source's share of all tokens of the stage; adds up to 1."""
+        rest = 1.0 - self.replay_share
+        return {name: share * rest for name, share in self.mix.items()} | dict(self.replay)
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainStage:
+        if (self.tokens is None) == (self.epochs is None):
+            raise ValueError("a stage needs exactly one of 'tokens' and 'epochs'")
+        if abs(sum(self.mix.values()) - 1) > 1e-6:
+            raise Misplaced(f"the shares of 'mix' add up to {sum(self.mix.values()):g}, not 1", "mix")
+        if self.replay_share >= 1:
+            raise Misplaced(f"the shares of 'replay' add up to {self.replay_share:g}; they must stay below 1", "replay")
+        if both := set(self.mix) & set(self.replay):
+            raise Misplaced(f"{sorted(both)} stand in both 'mix' and 'replay'", "replay")
+        return self
+
+
+class Evaluate(Section):
+    """lm-eval tasks, run on the base, the CPT model and the SFT model."""
+
+    domain: list[str] = Field(default_factory=list)
+    general: list[str] = Field(default_factory=list)
+    include_path: str = "configs/lm_eval"
+    limit: int | None = Field(None, gt=0, description="examples a task, for a quick look")
+
+    @property
+    def tasks(self) -> list[str]:
+        """Every task once, domain first."""
+        return list(dict.fromkeys([*self.domain, *self.general]))
+
+    @model_validator(mode="after")
+    def _check(self) -> Evaluate:
+        if not self.tasks:
+            raise ValueError("'evaluate' needs at least one task in 'domain' or 'general'")
+        return self
+
+
+class Gate(Section):
+    """When a model is promoted; differences in the tasks' own metric."""
+
+    min_domain_gain: float = Field(0.0)
+    max_general_drop: float = Field(1.0, ge=0)
+
+
+class Run(Section):
+    """A run's file."""
+
+    name: Name
+    hardware: str = Field(description="a tag: one row of configs/hardware.yaml")
+    seed: int = Field(0, ge=0)
+    runs_dir: str = "runs"
+    model: Model
+    sources: dict[Name, Source] = Field(min_length=1)
+    cpt: TrainStage | None = None
+    sft: TrainStage | None = None
+    evaluate: Evaluate | None = None
+    gate: Gate | None = None
+
+    @property
+    def train_stages(self) -> dict[str, TrainStage]:
+        """The training stages that this run has, in order."""
+        return {name: stage for name, stage in (("cpt", self.cpt), ("sft", self.sft)) if stage}
+
+    @model_validator(mode="after")
+    def _check(self) -> Run:
+        if not self.train_stages:
+            raise ValueError("a run needs 'cpt', 'sft' or both")
+        for name, stage in self.train_stages.items():
+            for source in stage.shares:
+                if source not in self.sources:
+                    section = "mix" if source in stage.mix else "replay"
+                    raise Misplaced(
+                        f"{name}.{section} names '{source}', which is no source{nearest(source, self.sources)} "
+                        f"(sources: {', '.join(self.sources)})", name, section, source,
+                    )  # fmt: skip
+            rows, rest = divmod(stage.batch_tokens, self.model.seq_len)
+            if rest:
+                fitting = sorted({max(1, rows) * self.model.seq_len, (rows + 1) * self.model.seq_len})
+                raise Misplaced(
+                    f"{name}.batch_tokens is {stage.batch_tokens}, no multiple of model.seq_len {self.model.seq_len}; "
+                    f"the nearest are {' and '.join(map(str, fitting))}", name, "batch_tokens",
+                )  # fmt: skip
+        return self
+
+
+class Hardware(Section):
+    """One row of `configs/hardware.yaml`: where a run happens. Recorded, never part of a stage's identity."""
+
+    backend: Literal["unsloth", "fsdp"]
+    device: Literal["cpu", "cuda"]
+    processes: int = Field(1, ge=1, description="GPUs, or CPU processes, of one node")
+    nodes: int = Field(1, ge=1)
+    memory_gb: float | None = Field(None, gt=0, description="of one GPU")
+    precision: Literal["fp32", "fp32-master"] = "fp32"
+    microbatch_rows: int = Field(1, ge=1, description="packed rows a forward pass and process")
+    threads: int | None = Field(None, ge=1, description="CPU threads a process; default: its share of the cores")
+    work_pool: str = "cpu"
+
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+def load_config(path: str | Path) -> Run:
+    """Read and check a run's file. Raises `UserError` with file, line, key, value and what is allowed."""
+    return _validate(Run, _read_yaml(Path(path)), Path(path))
+
+
+def load_hardware(tag: str, path: Path = HARDWARE_FILE) -> Hardware:
+    """The row of a hardware tag. Raises `UserError` for an unknown tag, with the nearest known one."""
+    root = _read_yaml(path)
+    rows = {key.value: (key, value) for key, value in root.value}
+    if tag not in rows:
+        raise UserError(
+            f"unknown hardware tag '{tag}'{nearest(tag, rows)}",
+            where=str(path),
+            allowed=", ".join(rows),
+            todo="set `hardware:` in the run's file or pass --hardware; a new machine is one new row",
+        )
+    return _validate(Hardware, rows[tag][1], path, prefix=(tag,))
+
+
+def locate(path: Path, *keys: str) -> str:
+    """`FILE:LINE, key a.b` for an error about a value that was valid on paper."""
+    return f"{_at(path, _find(_read_yaml(path), keys))}, key {'.'.join(keys)}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`, did you mean 'x'?` for the nearest known word, or nothing."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f", did you mean '{found[0]}'?" if found else ""
+
+
+def _read_yaml(path: Path) -> yaml.MappingNode:
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except FileNotFoundError:
+        known = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise UserError(f"no such file: {path}{nearest(str(path), known)}", allowed=", ".join(known)) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"not readable as YAML: {error}", where=str(path)) from None
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError("the file holds no `key: value` mapping", where=str(path))
+    _refuse_duplicate_keys(root, path)
+    return root
+
+
+def _refuse_duplicate_keys(node: yaml.Node, path: Path) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:  # YAML would keep the last one in silence
+                raise UserError(f"the key '{key.value}' stands twice", where=_at(path, key))
+            seen.add(key.value)
+            _refuse_duplicate_keys(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_duplicate_keys(value, path)
+
+
+def _validate(schema: type[SectionT], node: yaml.Node, path: Path, prefix: tuple[str, ...] = ()) -> SectionT:
+    constructor = yaml.SafeLoader("")
+    try:
+        return schema.model_validate(constructor.construct_document(node))
+    except ValidationError as error:
+        # A misspelt key also makes a required one go missing: name the misspelling first.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        others = error.error_count() - 1
+        raise _explain(schema, node, path, prefix, dict(first), others) from None
+
+
+def _explain(
+    schema: type[BaseModel], root: yaml.Node, path: Path, prefix: tuple[str, ...], error: dict[str, Any], others: int
+) -> UserError:
+    location = tuple(part for part in error["loc"] if not str(part).startswith(("list[", "function-", "constrained")))
+    location += getattr(error.get("ctx", {}).get("error"), "location", ())
+    node, known = _find(root, location), _known_keys(schema, location[:-1])
+    key = ".".join(map(str, (*prefix, *location))) or "(the whole file)"
+    more = f" ({others} more after this one)" if others else ""
+    where = f"{_at(path, node)}, key {key}{more}"
+    if error["type"] == "extra_forbidden":
+        return UserError(f"unknown key '{location[-1]}'{nearest(str(location[-1]), known)}", where=where,
+                         allowed=", ".join(known), todo="correct or remove the key")  # fmt: skip
+    if error["type"] == "missing":
+        return UserError(f"the key '{location[-1]}' is missing", where=where, todo=f"add `{location[-1]}:`")
+    if error["type"] == "value_error":  # one of our own checks: it says everything
+        return UserError(str(error["msg"]).removeprefix("Value error, "), where=where)
+    return UserError(f"{key.split('.')[-1]} is {error['input']!r}", where=where, allowed=_lower_first(error["msg"]))
+
+
+def _find(node: yaml.Node, location: tuple[Any, ...]) -> yaml.Node:
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == str(part)]
+            if not found:
+                break
+            node = found[0][1] if isinstance(found[0][1], yaml.CollectionNode) else found[0][0]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+    return node
+
+
+def _known_keys(schema: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The keys that the section at `location` may hold."""
+    current: Any = schema
+    for part in location:
+        field = current.model_fields.get(str(part)) if _is_section(current) else None
+        if field is not None:
+            found = [arg for arg in _walk_types(field.annotation) if _is_section(arg)]
+            current = found[0] if found else current
+    return list(current.model_fields)
+
+
+def _walk_types(annotation: Any) -> list[Any]:
+    return [annotation, *(t for arg in getattr(annotation, "__args__", ()) for t in _walk_types(arg))]
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _at(path: Path, node: yaml.Node) -> str:
+    return f"{path}:{node.start_mark.line + 1}"
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,78 @@
+"""Runs stages for the Prefect tasks: lock, reuse or set aside, order, worker, artifact.
+
+The same steps whichever the stage; the tasks beside this file only say which worker to start. Free of Prefect, so
+that it can be called from a plain script too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from tasks import hub
+from tasks.errors import UserError
+from tasks.launch import run_worker
+from tasks.plan import Planned, output_digest, upstream, why_not_reused
+from tasks.stage import ARTIFACT, Order, set_aside, stage_lock, write_order
+
+Say = Callable[[str], None]
+
+
+def compute(stages: Sequence[Planned], module: str, say: Say, force: bool = False) -> bool:
+    """Bring the stages to their artifacts in one worker process; True when all of them were reused.
+
+    Whether a stage is reused is judged under its lock, so a run that waited for another takes over its result.
+    """
+    with ExitStack() as locks:
+        descriptors = [locks.enter_context(_lock(planned, say)) for planned in stages]
+        todo = [planned for planned in stages if not _reuse(planned, say, force)]
+        if not todo:
+            return True
+        directories = [_order(planned, say) for planned in todo]
+        on_hub = any("hf" in source for p in todo for source in p.order.what.get("sources", {}).values())
+        run_worker(module, directories, todo[0].order.how, forward=say, lock_descriptors=descriptors, hub=on_hub)
+        for directory in directories:
+            assert (directory / ARTIFACT).is_file(), f"{module} exited with 0 and left no artifact in {directory}"
+    return False
+
+
+def _lock(planned: Planned, say: Say):  # type: ignore[no-untyped-def]  # a context manager over a descriptor
+    planned.directory.parent.mkdir(parents=True, exist_ok=True)
+    return stage_lock(planned.directory, lambda holder: say(f"{planned.stage:<14}waiting: {holder} is computing it"))
+
+
+def _reuse(planned: Planned, say: Say, force: bool) -> bool:
+    finished = (planned.directory / ARTIFACT).is_file()
+    reasons = ["forced"] if force else why_not_reused(planned.directory)
+    if not reasons:
+        say(f"{planned.stage:<14}reused: {planned.directory}")
+        return True
+    say(f"{planned.stage:<14}runs: {'; '.join(planned.reasons or reasons)}")
+    if finished or force:
+        aside = set_aside(planned.directory)
+        if aside:
+            say(f"{planned.stage:<14}the old one stands in {aside}")
+    return False
+
+
+def _order(planned: Planned, say: Say) -> Path:
+    """Write the order, with the digests of what it reads, once everything it reads stands."""
+    runs = planned.directory.parent
+    digests = {name: output_digest(directory) for name, directory in upstream(planned.order, runs).items()}
+    if missing := [name for name, digest in digests.items() if not digest]:
+        raise UserError(
+            f"{planned.stage} reads {', '.join(missing)}, which has not been computed",
+            where=str(runs),
+            todo=f"run the stages before it too: --until {planned.group}",
+        )
+    _fetch_weights(planned.order, say)
+    return write_order(replace(planned.order, how={**planned.order.how, "input_digests": digests}), runs)
+
+
+def _fetch_weights(order: Order, say: Say) -> None:
+    model = order.what.get("init") or order.what.get("model") or {}
+    if "hub" in model and order.kind != "prepare":
+        say(f"{order.stage:<14}fetching {model['hub']} at {model['commit'][:12]}, unless the cache holds it")
+        hub.fetch_model(model["hub"], model["commit"])

@@ -1,0 +1,71 @@
+"""The hub, for configs that name it: a revision becomes a commit, and files come into the local cache.
+
+Without a network, or with HF_HUB_OFFLINE=1, what the cache holds is used; nothing else in the project opens a socket.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from tasks.errors import UserError
+
+DESCRIPTION = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
+RepoType = Literal["model", "dataset"]
+
+
+def resolve_commit(repo_id: str, revision: str | None, repo_type: RepoType, where: str) -> str:
+    """The commit that a branch, tag or nothing (main) stands for now; offline, the one that the cache holds."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        info = HfApi().repo_info(repo_id, revision=revision, repo_type=repo_type)
+        return str(info.sha)
+    except (OfflineModeIsEnabled, OSError) as error:
+        if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code < 500:
+            raise _refused(repo_id, revision, repo_type, where, error) from None
+        if commit := _cached_commit(repo_id, revision, repo_type):
+            return commit
+        raise _refused(repo_id, revision, repo_type, where, error) from None
+    except HFValidationError as error:
+        raise _refused(repo_id, revision, repo_type, where, error) from None
+
+
+def fetch_model_description(repo_id: str, commit: str, where: str) -> Path:
+    """The folder of the cache with the model's config and tokenizer, fetched if need be."""
+    return _snapshot(repo_id, commit, DESCRIPTION, where)
+
+
+def fetch_model(repo_id: str, commit: str, where: str = "") -> Path:
+    """The same folder with its weights too; safetensors only."""
+    return _snapshot(repo_id, commit, [*DESCRIPTION, "*.safetensors"], where)
+
+
+def _snapshot(repo_id: str, commit: str, patterns: list[str], where: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, revision=commit, allow_patterns=patterns))
+    except OSError as error:
+        raise _refused(repo_id, commit, "model", where, error) from None
+
+
+def _cached_commit(repo_id: str, revision: str | None, repo_type: RepoType) -> str | None:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE) / f"{repo_type}s--{repo_id.replace('/', '--')}"
+    reference = folder / "refs" / (revision or "main")
+    if reference.is_file():
+        return reference.read_text().strip()
+    return revision if revision and (folder / "snapshots" / revision).is_dir() else None
+
+
+def _refused(repo_id: str, revision: str | None, repo_type: str, where: str, error: Exception) -> UserError:
+    first_line = str(error).strip().split("\n")[0]
+    asked = f"the {repo_type} {repo_id} at {revision or 'main'}"
+    return UserError(
+        f"{asked} is neither on the hub for us nor in the local cache: {first_line}",
+        where=where,
+        todo="check the id and the revision, HF_TOKEN for a gated one, and the network; or give a local folder",
+    )

@@ -1,0 +1,138 @@
+"""The only place that starts a worker process.
+
+A worker runs under `tasks.guard`, writes to `worker.log` in its stage's directory (a file: a pipe would kill it with
+EPIPE when we die, before it can save), and holds the stage's lock through an inherited descriptor. While it runs we
+forward the lines that it means for the person who waits. How it ended becomes an exception: `UserError`, `Preempted` or
+`WorkerFailed`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError, parse
+from tasks.progress import MARK
+from tasks.stage import ERROR, LOCK_FD_VARIABLE, LOG
+
+POLL_SECONDS = 0.2
+TAIL_LINES = 25
+# Prefect's runner kills a cancelled flow 30 s after it asked it to stop; the guard must have finished before.
+GRACE_SECONDS = 20.0
+# No network but what a config names: no telemetry, no version checks, no hub.
+QUIET = {"DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "UNSLOTH_DISABLE_STATISTICS": "1",
+         "TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONUNBUFFERED": "1"}  # fmt: skip
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+class WorkerFailed(RuntimeError):
+    """A worker ended with an error that is not the user's; holds the last lines of its log."""
+
+    def __init__(self, command: str, code: int, log: Path, tail: Sequence[str]) -> None:
+        self.command, self.code, self.log, self.tail = command, code, log, list(tail)
+        ended = f"was ended by signal {signal.Signals(code - 128).name}" if 128 < code < 160 else f"exited with {code}"
+        super().__init__("\n".join([f"{command} {ended}; the end of {log}:", *(f"  | {line}" for line in tail)]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.command, self.code, self.log, self.tail))
+
+
+class Preempted(RuntimeError):
+    """A worker was told to stop and saved a checkpoint; running the same thing again resumes it."""
+
+
+def run_worker(
+    module: str,
+    directories: Sequence[Path],
+    how: dict[str, Any],
+    *,
+    forward: Callable[[str], None],
+    lock_descriptors: Sequence[int] = (),
+    hub: bool = False,
+) -> None:
+    """Run `python -m MODULE DIRECTORY...`, under torchrun when `how` asks for several processes, and wait for it.
+
+    The log and `error.txt` are those of the first directory. Raises `UserError`, `Preempted` or `WorkerFailed`.
+    """
+    log, error = directories[0] / LOG, directories[0] / ERROR
+    error.unlink(missing_ok=True)
+    guard = [sys.executable, "-m", "tasks.guard", "--grace", str(GRACE_SECONDS), "--"]
+    worker = [*python_command(module, how), *map(str, directories)]
+    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    with log.open("ab") as sink, log.open("r", errors="replace") as source:
+        source.seek(0, os.SEEK_END)
+        process = subprocess.Popen(
+            [*guard, *worker],
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches us alone, and we stop the worker in order
+            env=worker_environment(how, lock_descriptors, hub),
+            pass_fds=lock_descriptors,
+        )
+        follow = _Follower(source, tail, forward)
+        try:
+            while process.poll() is None:
+                follow()
+                time.sleep(POLL_SECONDS)
+        finally:  # also when SIGTERM, Ctrl-C or a cancellation takes us out of the loop
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                process.wait()
+            follow(last=True)
+    _raise_for(process.returncode, f"{module} {directories[0].name}", log, error, tail)
+
+
+def python_command(module: str, how: dict[str, Any]) -> list[str]:
+    """`python -m MODULE`, or torchrun when training is spread over several processes."""
+    processes = int(how.get("processes", 1))
+    if module != "tasks.training" or processes == 1:
+        return [sys.executable, "-m", module]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*launcher, "-m", module]
+
+
+def worker_environment(how: dict[str, Any], lock_descriptors: Sequence[int], hub: bool) -> dict[str, str]:
+    """Our environment, silenced; offline unless the config names the hub."""
+    environment = {**os.environ, **QUIET} | ({} if hub else OFFLINE)
+    threads = how.get("threads") or max(1, (os.cpu_count() or 1) // int(how.get("processes", 1)))
+    if how.get("device") == "cpu":
+        environment["OMP_NUM_THREADS"] = str(threads)
+    if lock_descriptors:
+        environment[LOCK_FD_VARIABLE] = str(lock_descriptors[0])
+    return environment
+
+
+class _Follower:
+    """Reads what a worker appended to its log; forwards the marked lines and keeps the last ones."""
+
+    def __init__(self, source: Any, tail: deque[str], forward: Callable[[str], None]) -> None:
+        self.source, self.tail, self.forward, self.rest = source, tail, forward, ""
+
+    def __call__(self, last: bool = False) -> None:
+        *lines, self.rest = (self.rest + self.source.read()).split("\n")
+        if last:
+            lines.append(self.rest)
+        for line in lines:
+            line = line.rsplit("\r", 1)[-1].rstrip()  # a redrawn bar: its last state
+            if line.startswith(MARK):
+                self.forward(line.removeprefix(MARK))
+            elif line:
+                self.tail.append(line)
+
+
+def _raise_for(code: int, command: str, log: Path, error: Path, tail: Sequence[str]) -> None:
+    if code == 0:
+        return
+    if code == EXIT_USER_ERROR or error.exists():
+        raise parse(error.read_text()) if error.exists() else UserError(f"the input was refused; see {log}")
+    if code == EXIT_PREEMPTED:
+        raise Preempted(f"{command} was stopped and saved a checkpoint; run the same command again to resume")
+    raise WorkerFailed(command, code, log, tail)

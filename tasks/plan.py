@@ -1,0 +1,241 @@
+"""What would run, what is reused, and why.
+
+`make_plan` turns a run's config into one `Planned` a stage, in the order of the DAG. Every key follows from the config
+and the digests of files, so the whole plan is known before anything runs. A stage is stale when no finished directory
+has its key; the reasons are the differences between its order and the newest one of the same stage and run.
+
+Imports neither Prefect nor torch: `make plan` answers at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tasks.config import Hardware, Run, TrainStage
+from tasks.resolve import BaseModelFiles, Digests, resolve_base_model, resolve_sources, resolve_task_files
+from tasks.stage import ARTIFACT, ORDER, VERSIONS, Order, canonical_json, damage, read_artifact, read_order
+
+GROUPS = ("prepare", "cpt", "sft", "evaluate", "report")  # what --only, --until and --force name
+# What of a stage the next one computes from; logs, metrics and timings may differ between equal runs.
+PRIMARY_OUTPUT = {"prepare": "rows.arrow", "train": "model/", "evaluate": "results.json", "report": "results.csv"}
+MAX_REASONS = 4
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One stage of a run: its order, its directory, and what will happen to it."""
+
+    order: Order
+    directory: Path
+    reasons: tuple[str, ...]  # why it must run; empty when it is reused
+    resumes: bool = False  # a run of it was interrupted; it goes on from there
+
+    @property
+    def stage(self) -> str:
+        """The stage's name: prepare_cpt, cpt, evaluate_base, ..."""
+        return self.order.stage
+
+    @property
+    def group(self) -> str:
+        """The name by which the command line calls it: prepare, cpt, sft, evaluate, report."""
+        return self.stage.split("_")[0]
+
+    @property
+    def reused(self) -> bool:
+        """Whether its artifact stands and is what this run would compute."""
+        return not self.reasons
+
+
+def make_plan(run: Run, config_path: Path, tag: str, hardware: Hardware) -> dict[str, Planned]:
+    """Every stage of the run by name, in the order of the DAG. Writes only the cache of digests."""
+    runs = Path(run.runs_dir)
+    with Digests(runs) as digests:
+        base = resolve_base_model(run, config_path, digests)
+        orders = list(_orders(run, config_path, base, digests, runs))
+    how = {"tag": tag, **hardware.model_dump(exclude_none=True)}
+    plan: dict[str, Planned] = {}
+    for order in orders:
+        planned = _judge(replace(order, how=how | order.how), runs)
+        redone = [p.stage for p in plan.values() if not p.reused and p.directory.name in upstream(order, runs)]
+        if planned.reused and redone:  # the same key, but what it was computed from is being made again
+            planned = replace(planned, reasons=tuple(f"{name} runs again" for name in redone))
+        plan[planned.stage] = planned
+    return plan
+
+
+def select(plan: dict[str, Planned], only: str | None, until: str | None) -> list[str]:
+    """The stages that --only or --until leave, in order."""
+    if only:
+        return [stage for stage, planned in plan.items() if planned.group == only]
+    groups = GROUPS[: GROUPS.index(until) + 1] if until else GROUPS
+    return [stage for stage, planned in plan.items() if planned.group in groups]
+
+
+def render(plan: dict[str, Planned]) -> str:
+    """The plan as text: a line a stage, with the reasons of what is stale."""
+    lines = []
+    for planned in plan.values():
+        verb = "reuse" if planned.reused else ("resume" if planned.resumes else "run")
+        lines.append(f"{verb:<7}{planned.directory.name:<26}{'; '.join(planned.reasons)}".rstrip())
+    return "\n".join(lines)
+
+
+def output_digest(directory: Path) -> str:
+    """Digest of what the next stage computes from, as the artifact recorded it; empty while it is not finished."""
+    if not (directory / ARTIFACT).is_file():
+        return ""
+    primary = PRIMARY_OUTPUT[read_order(directory).kind]
+    outputs = read_artifact(directory)["outputs"]
+    said = {name: described["sha256"] for name, described in outputs.items() if name.startswith(primary)}
+    return hashlib.sha256(canonical_json(said).encode()).hexdigest()
+
+
+def upstream(order: Order, runs: Path) -> dict[str, Path]:
+    """The stages' directories that an order reads from, by name; the base model's folder is none of them."""
+    paths = [Path(path) for path in order.inputs.values()]
+    directories = [path.parent if path.name == "model" and path.parent.parent == runs else path for path in paths]
+    return {path.name: path for path in directories if path.parent == runs}
+
+
+# --- orders, in the order of the DAG --------------------------------------------------------------------------------
+
+
+def _orders(run: Run, config_path: Path, base: BaseModelFiles, digests: Digests, runs: Path) -> Iterator[Order]:
+    models = {"base": (base.identity, base.path)}
+    made: list[Order] = []
+    for name, stage in run.train_stages.items():
+        rows = _prepare_order(run, config_path, name, stage, base, digests)
+        init_identity, init_path = list(models.values())[-1]
+        what = {"stage": name, "init": init_identity, "rows": {"key": rows.key}, "seq_len": run.model.seq_len}
+        what |= stage.model_dump(include=_TRAINING_FIELDS, mode="json") | {"seed": run.seed}
+        how = {"checkpoint": stage.checkpoint.model_dump()}
+        inputs = {"init": init_path, "rows": str(rows.directory(runs))}
+        train = Order(name, "train", run.name, what, how, inputs)
+        models[name] = ({"stage": name, "key": train.key}, str(train.directory(runs) / "model"))
+        made += [rows, train]
+    made += _evaluate_orders(run, config_path, models, digests)
+    made.append(_report_order(run, made, runs))
+    # Rows of every stage first: bad data is found before hours of training.
+    yield from sorted(made, key=lambda order: order.kind != "prepare")
+
+
+_TRAINING_FIELDS = {"learning_rate", "min_lr_ratio", "warmup_ratio", "batch_tokens", "weight_decay", "adam_betas",
+                    "max_grad_norm"}  # fmt: skip
+
+
+def _prepare_order(
+    run: Run, config_path: Path, name: str, stage: TrainStage, base: BaseModelFiles, digests: Digests
+) -> Order:
+    what = {
+        "stage": name,
+        "tokenizer": base.tokenizer,
+        "chat_template": base.chat_template,
+        "seq_len": run.model.seq_len,
+        "max_positions": base.max_positions,
+        "vocab_size": base.vocab_size,
+        "sources": resolve_sources(run, config_path, list(stage.shares), digests),
+        **stage.model_dump(include={"tokens", "epochs", "mix", "replay", "max_epochs", "overflow"}, mode="json"),
+        "seed": run.seed,
+    }
+    return Order(f"prepare_{name}", "prepare", run.name, what, {}, {"model": base.path})
+
+
+def _evaluate_orders(
+    run: Run, config_path: Path, models: dict[str, tuple[dict[str, Any], str]], digests: Digests
+) -> list[Order]:
+    if run.evaluate is None:
+        return []
+    common = {
+        "tasks": {"domain": run.evaluate.domain, "general": run.evaluate.general},
+        "files": resolve_task_files(run.evaluate, config_path, digests),
+        "limit": run.evaluate.limit,
+    }
+    return [
+        Order(f"evaluate_{role}", "evaluate", run.name, {"model": {"role": role, **identity}, **common}, {},
+              {"model": path, "include_path": run.evaluate.include_path})
+        for role, (identity, path) in models.items()
+    ]  # fmt: skip
+
+
+def _report_order(run: Run, made: list[Order], runs: Path) -> Order:
+    what = {
+        "stages": {order.stage: order.key for order in made},
+        "gate": run.gate.model_dump() if run.gate else None,
+        "domain": run.evaluate.domain if run.evaluate else [],
+        "general": run.evaluate.general if run.evaluate else [],
+    }
+    return Order("report", "report", run.name, what, {}, {o.stage: str(o.directory(runs)) for o in made})
+
+
+# --- reused, resumed or stale, and why ------------------------------------------------------------------------------
+
+
+def _judge(order: Order, runs: Path) -> Planned:
+    directory = order.directory(runs)
+    if not (directory / ARTIFACT).is_file():
+        resumes = any(directory.glob("checkpoints/*"))
+        return Planned(order, directory, tuple(_why_stale(order, runs)), resumes)
+    return Planned(order, directory, tuple(why_not_reused(directory)))
+
+
+def why_not_reused(directory: Path) -> list[str]:
+    """Empty when a finished stage can be reused: its outputs are unharmed and its inputs are still what it read."""
+    if not (directory / ARTIFACT).is_file():
+        return ["not finished"]
+    if found := damage(directory):
+        return [found]
+    recorded = read_artifact(directory)["how"].get("input_digests", {})
+    return [f"{name} was computed again with another result" for name, digest in recorded.items()
+            if output_digest(directory.parent / name) != digest]  # fmt: skip
+
+
+def _why_stale(order: Order, runs: Path) -> list[str]:
+    earlier = _newest_order(order, runs)
+    if earlier is None:
+        return ["interrupted before it was finished" if (order.directory(runs) / ORDER).exists() else "not yet run"]
+    if earlier["version"] != VERSIONS[order.kind]:
+        return [f"worker version {earlier['version']} -> {VERSIONS[order.kind]}"]
+    before, after = flatten(earlier["what"]), flatten(order.what)
+    changes = [_describe(name, before.get(name), after.get(name)) for name in sorted({*before, *after})
+               if before.get(name) != after.get(name)]  # fmt: skip
+    changes = list(dict.fromkeys(changes))
+    more = [f"and {len(changes) - MAX_REASONS} more"] if len(changes) > MAX_REASONS else []
+    return changes[:MAX_REASONS] + more or ["interrupted before it was finished"]
+
+
+def _newest_order(order: Order, runs: Path) -> dict[str, Any] | None:
+    """The newest finished order of the same stage and run; without one, of the same stage."""
+    found = []
+    for path in runs.glob(f"{order.stage}-*/{ORDER}"):
+        raw = json.loads(path.read_text())
+        if path.with_name(ARTIFACT).is_file():
+            found.append((raw["run"] == order.run, path.with_name(ARTIFACT).stat().st_mtime_ns, raw))
+    return max(found, key=lambda item: item[:2])[2] if found else None
+
+
+def flatten(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names; a list of files as one entry a file."""
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in flatten(item, f"{name}.{key}" if name else key).items()}
+    if isinstance(value, list) and value and isinstance(value[0], dict) and "path" in value[0]:
+        return {f"{name} {item['path']}": item.get("sha256", item) for item in value}
+    return {name: value}
+
+
+def _describe(name: str, before: Any, after: Any) -> str:
+    leaf = name.split(".")[-1]
+    if leaf == "key":  # an upstream stage; its own line says why
+        return f"{name.split('.')[-2]} changed"
+    if isinstance(before or after, str) and len(before or after) == 64:  # a digest says nothing to a reader
+        return f"{name} {'is new' if before is None else 'is gone' if after is None else 'changed'}"
+    return f"{leaf} {_short(before)} -> {_short(after)}"
+
+
+def _short(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,20 @@
+"""The task of `prepare_cpt` and `prepare_sft`: sources to packed rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+
+from tasks.execute import compute
+from tasks.outcome import outcome, speaker
+from tasks.plan import Planned
+
+
+@task(task_run_name="{planned.stage}", cache_policy=NO_CACHE)
+def prepare(planned: Planned, force: bool = False) -> Path | State[Path]:
+    """Clean, tokenize, mix and pack one training stage's data; the directory that holds `rows.arrow`."""
+    reused = compute([planned], "tasks.preparation", speaker(), force)
+    return outcome(planned.directory, reused)

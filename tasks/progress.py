@@ -1,0 +1,48 @@
+"""What a worker says while it works.
+
+Everything a worker prints goes to `worker.log` in its stage's directory. Lines that start with `MARK` are meant for
+the person who waits: the launcher forwards exactly those, so the screen stays calm while the log keeps all the noise.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+MARK = "[steep] "
+MIN_SECONDS_BETWEEN_LINES = 2.0
+
+
+def say(text: str) -> None:
+    """Print one line for the person who waits."""
+    print(f"{MARK}{text}", flush=True)
+
+
+class Progress:
+    """A throttled line of progress: `cpt  step 12/80  15%  loss 2.13  9,812 tok/s  ETA 0:45`."""
+
+    def __init__(self, stage: str, what: str, total: int, first: int = 0) -> None:
+        self.stage, self.what, self.total = stage, what, total
+        self.first, self.started_at, self.last_line_at = first, time.monotonic(), 0.0
+
+    def update(self, done: int, **extra: str) -> None:
+        """Say how far we are, at most every `MIN_SECONDS_BETWEEN_LINES`, and always at the end."""
+        now = time.monotonic()
+        if done < self.total and now - self.last_line_at < MIN_SECONDS_BETWEEN_LINES:
+            return
+        self.last_line_at = now
+        since_start = now - self.started_at
+        steps_here = done - self.first  # a resumed run must not count the steps of its predecessor
+        eta_seconds = since_start / steps_here * (self.total - done) if steps_here else float("nan")
+        parts = [f"{self.what} {done:,}/{self.total:,}", f"{done / max(1, self.total):4.0%}"]
+        parts += [f"{name} {value}" if name else value for name, value in extra.items()]
+        say(f"{self.stage:<14}" + "  ".join([*parts, f"ETA {clock(eta_seconds)}"]))
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    if math.isnan(seconds):  # nan: nothing measured yet
+        return "-:--"
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

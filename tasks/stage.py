@@ -1,0 +1,249 @@
+"""What a stage is: a directory `runs/<stage>-<key>/` that goes from an order to an artifact.
+
+    order.json     what to compute, fully resolved; written first
+    worker.log, metrics, checkpoints, outputs
+    artifact.json  what came out: outputs with digests, counts, seconds, versions; written last, by atomic rename
+
+The key hashes `what` is computed; `how` (hardware, micro-batch, cadence of checkpoints) is recorded and never hashed.
+Done means that `artifact.json` exists and its digests hold. Resuming means the same directory. Forcing renames the old
+directory aside. A lock that the kernel frees when its holders die keeps two runs out of one stage.
+
+Used by the orchestrator and by the workers, so it imports neither Prefect nor torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import UserError
+
+# Bumped when a worker's output changes for the same order; part of every key.
+VERSIONS = {"prepare": 1, "train": 1, "evaluate": 1, "report": 1}
+ORDER, ARTIFACT, LOG, ERROR = "order.json", "artifact.json", "worker.log", "error.txt"
+KEY_HEX_DIGITS = 10
+LOCK_FD_VARIABLE = "STEEP_LOCK_FD"  # set for a worker whose launcher holds the stage's lock
+PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "lm-eval", "prefect", "pandas")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a worker is asked to do. `stage` is the folder's first name: prepare_cpt, cpt, evaluate_base, ..."""
+
+    stage: str
+    kind: str  # prepare | train | evaluate | report
+    run: str  # the run's name; not hashed
+    what: dict[str, Any]  # hashed: what is computed
+    how: dict[str, Any]  # recorded: where and how it runs
+    inputs: dict[str, str] = field(default_factory=dict)  # role -> path; their keys or digests stand in `what`
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that defines the output."""
+        identity = {"kind": self.kind, "version": VERSIONS[self.kind], "what": self.what}
+        return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:KEY_HEX_DIGITS]
+
+    def directory(self, runs: Path) -> Path:
+        """Where this stage stands."""
+        return runs / f"{self.stage}-{self.key}"
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write aside and rename, so that nobody ever reads half a file."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write aside, flush to disk and rename."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def write_order(order: Order, runs: Path) -> Path:
+    """Make the stage's directory with its order; an order that stands keeps its inputs and gets the new `how`."""
+    directory = order.directory(runs)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / ORDER, {**asdict(order), "key": order.key, "version": VERSIONS[order.kind]})
+    return directory
+
+
+def read_order(directory: Path) -> Order:
+    """The order of a stage's directory."""
+    try:
+        raw = json.loads((directory / ORDER).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{directory} is no stage's directory: it holds no {ORDER}") from None
+    return Order(**{name: raw[name] for name in ("stage", "kind", "run", "what", "how", "inputs")})
+
+
+# --- artifact -------------------------------------------------------------------------------------------------------
+
+
+def finish(directory: Path, outputs: Iterable[str], counts: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Write `artifact.json`: the stage is done from the moment of its rename.
+
+    `outputs` are files or folders, relative to the directory; every file below them is digested.
+    """
+    order = read_order(directory)
+    files = sorted(file for output in outputs for file in _files_below(directory / output))
+    artifact = {
+        "stage": order.stage,
+        "key": order.key,
+        "run": order.run,
+        "seconds": round(seconds, 3),
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": git_commit(),
+        "python": sys.version.split()[0],
+        "versions": installed_versions(),
+        "how": order.how,
+        "outputs": {str(f.relative_to(directory)): describe_file(f) for f in files},
+        "counts": counts,
+    }
+    write_json(directory / ARTIFACT, artifact)
+    return artifact
+
+
+def read_artifact(directory: Path) -> dict[str, Any]:
+    """The artifact of a stage that is done."""
+    artifact: dict[str, Any] = json.loads((directory / ARTIFACT).read_text())
+    return artifact
+
+
+def is_done(directory: Path) -> bool:
+    """Whether the artifact stands and its outputs are what it says."""
+    return (directory / ARTIFACT).is_file() and not damage(directory)
+
+
+def damage(directory: Path) -> str:
+    """Empty when every output is as its artifact says; else the first file that is not.
+
+    A file whose size and time of change are as recorded is taken as unchanged; any other is digested again.
+    """
+    for name, said in read_artifact(directory)["outputs"].items():
+        file = directory / name
+        if not file.is_file():
+            return f"{name} is missing"
+        stat = file.stat()
+        if stat.st_size != said["bytes"]:
+            return f"{name} holds {stat.st_size} bytes, not {said['bytes']}"
+        if stat.st_mtime_ns != said["mtime_ns"] and file_sha256(file) != said["sha256"]:
+            return f"{name} has changed since it was written"
+    return ""
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size, time of change and digest of a file."""
+    stat = path.stat()
+    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": file_sha256(path)}
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files_below(path: Path) -> list[Path]:
+    return [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+
+
+# --- force, lock ----------------------------------------------------------------------------------------------------
+
+
+def set_aside(directory: Path) -> Path | None:
+    """Rename a stage's directory aside; what was computed is never deleted."""
+    if not directory.exists():
+        return None
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    for number in range(1000):
+        aside = directory.with_name(f"old.{directory.name}.{stamp}" + (f".{number}" if number else ""))
+        if not aside.exists():
+            directory.rename(aside)
+            return aside
+    raise AssertionError("a thousand directories set aside within a second")
+
+
+@contextmanager
+def stage_lock(directory: Path, on_wait: Callable[[str], None], wait: bool = True) -> Iterator[int]:
+    """Hold a stage's lock; yields the descriptor, which a child that inherits it holds too.
+
+    The lock goes with the last process that holds the descriptor, so a SIGKILLed run frees it at once, and a worker
+    that outlives its launcher still keeps others out. `on_wait` is told once who holds it.
+    """
+    if inherited := os.environ.get(LOCK_FD_VARIABLE):  # our launcher holds it for us
+        yield int(inherited)
+        return
+    path = directory.parent / ".locks" / f"{directory.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        _acquire(descriptor, directory, on_wait, wait)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()}, since {time.strftime('%F %T')}".encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _acquire(descriptor: int, directory: Path, on_wait: Callable[[str], None], wait: bool) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    except BlockingIOError:
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+    if not wait:
+        raise UserError(f"{directory.name} is being computed by {holder}", todo="wait for it, or stop it")
+    on_wait(holder)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+# --- facts that go into every artifact ------------------------------------------------------------------------------
+
+
+def git_commit() -> str | None:
+    """The project's commit, with `+changes` when the tree differs from it; None outside a repository."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        run = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"]
+        return subprocess.run(run, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that decide what comes out."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def free_bytes(path: Path) -> int:
+    """Free disk at a path that may not exist yet."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

@@ -1,0 +1,24 @@
+"""The task of `cpt` and `sft`: packed rows and an initial model to a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+
+from tasks.execute import compute
+from tasks.outcome import outcome, speaker
+from tasks.plan import Planned
+
+
+@task(task_run_name="{planned.stage}", cache_policy=NO_CACHE)
+def train(planned: Planned, *inputs: Any, force: bool = False) -> Path | State[Path]:
+    """Full fine-tune on the backend of the hardware tag; the directory that holds `model/`.
+
+    `inputs` are the stages it reads from: Prefect draws its graph from them.
+    """
+    reused = compute([planned], "tasks.training", speaker(), force)
+    return outcome(planned.directory, reused)
