@@ -1,0 +1,108 @@
+"""Names of tasks -> lm-eval's task objects. Every mistake in a task's file or data becomes a `UserError`.
+
+Task files of `include_path` are indexed alone first: indexing lm-eval's own thousands of tasks as well costs seconds and
+is only done when a name is not found in `include_path`.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from tasks.config import nearest
+from tasks.errors import UserError
+
+Loaded = dict[str, list[Task | Group]]
+
+
+def load_suite(names: list[str], include_path: str) -> tuple[TaskManager, Loaded]:
+    """lm-eval's objects of every name, checked: they have data and run no code that needs a confirmation."""
+    manager = find_tasks(names, Path(include_path))
+    return manager, {name: _load(manager, name) for name in names}
+
+
+def find_tasks(names: list[str], include_path: Path) -> TaskManager:
+    """A manager that knows every name. Raises `UserError` with the nearest known task, or the file that is broken."""
+    if not include_path.is_dir():
+        raise UserError(f"no such folder: {include_path}", where="evaluate.include_path", todo="correct the path")
+    manager = TaskManager(include_path=str(include_path), include_defaults=False)
+    if all(name in manager.task_index for name in names):
+        return manager
+    _refuse_broken_files(include_path)
+    own = sorted(manager.task_index)
+    manager = TaskManager(include_path=str(include_path), include_defaults=True)
+    for name in names:
+        if name not in manager.task_index:
+            near = nearest(name, own) or nearest(name, manager.all_tasks)
+            raise UserError(
+                f"unknown evaluation task '{name}'{near}",
+                where=str(include_path),
+                allowed=", ".join(own) + " and the tasks of lm-eval" if own else "the tasks of lm-eval",
+                todo="correct the name in `evaluate:`, or add its YAML file to the folder",
+            )
+    return manager
+
+
+def leaves(loaded: list[Task | Group]) -> list[Task]:
+    """The tasks of a name; one, unless the name is a group or a tag."""
+    return [task for item in loaded for task in (item.get_all_tasks() if isinstance(item, Group) else [item])]
+
+
+def _refuse_broken_files(include_path: Path) -> None:
+    """lm-eval skips a file that it cannot read in silence; the name asked for may stand in it."""
+    for path in sorted(include_path.rglob("*.yaml")):
+        try:
+            load_yaml(path, resolve_func=False)
+        except yaml.MarkedYAMLError as error:
+            line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+            raise UserError(f"not readable as YAML: {error.problem}", where=f"{path}{line}") from None
+        except Exception as error:  # a missing include, no mapping, a wrong encoding
+            raise UserError(f"not readable as a task: {error}", where=str(path)) from None
+
+
+def _load(manager: TaskManager, name: str) -> list[Task | Group]:
+    entry = manager.task_index[name]
+    where = str(entry.yaml_path or name)
+    try:
+        loaded = manager._load_spec(name)  # `load` would flatten a tag and hide which name brought which task
+        items: list[Any] = loaded if isinstance(loaded, list) else [loaded]
+        counts = {task.task_name: len(task.eval_docs) for task in leaves(items)}
+    except Exception as error:  # lm-eval and datasets raise anything from KeyError to their own; all of it is input
+        traceback.print_exc(file=sys.stdout)
+        raise _explain(name, where, entry.cfg or {}, error) from None
+    for task, count in counts.items():
+        if not count:
+            raise UserError(f"the evaluation task '{task}' has no documents", where=where, todo="check its data file")
+    if unsafe := [task.task_name for task in leaves(items) if getattr(task, "UNSAFE_CODE", False)]:
+        raise UserError(f"the evaluation task '{unsafe[0]}' runs code that a model writes", where=where,
+                        todo="leave it out: it is never run here")  # fmt: skip
+    return items
+
+
+def _explain(name: str, where: str, config: dict[str, Any], error: Exception) -> UserError:
+    first_line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    if missing := [f for f in _flat(files) if not any(c in f for c in "*?[") and not Path(f).is_file()]:
+        return UserError(f"the data file of the evaluation task '{name}' is missing: {missing[0]}", where=where,
+                         todo="correct `data_files` (relative to the project), or make the file")  # fmt: skip
+    if not files and isinstance(error, OSError | ConnectionError):
+        return UserError(f"the evaluation task '{name}' needs data of the hub, and this run is offline", where=where,
+                         todo="use a task with local data, or allow the hub in the run's file")  # fmt: skip
+    return UserError(f"the evaluation task '{name}' does not load: {type(error).__name__}: {first_line}", where=where,
+                     todo="the log holds the whole traceback")  # fmt: skip
+
+
+def _flat(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [file for item in value for file in _flat(item)]
+    return [value] if isinstance(value, str) else []

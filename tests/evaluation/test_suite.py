@@ -1,0 +1,105 @@
+"""Mistakes in task files: each becomes one error that names the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tasks.errors import UserError
+from tests.evaluation.conftest import write_lines, write_tasks
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Task files that a test may break."""
+    write_tasks(tmp_path)
+    return tmp_path
+
+
+def load(folder: Path, *names: str) -> dict:
+    from tasks.evaluation.suite import load_suite
+
+    return load_suite(list(names), str(folder))[1]
+
+
+def test_own_tasks_are_found_without_indexing_those_of_lm_eval(folder: Path) -> None:
+    from tasks.evaluation.suite import find_tasks
+
+    assert set(find_tasks(["choices", "bpb"], folder).task_index) == {"answers", "choices", "bpb"}
+
+
+def test_a_task_of_lm_eval_is_found_beside_own_ones(folder: Path) -> None:
+    from tasks.evaluation.suite import find_tasks
+
+    index = find_tasks(["choices", "arc_easy"], folder).task_index
+    assert "arc_easy" in index and "choices" in index
+
+
+def test_a_group_brings_its_tasks(folder: Path) -> None:
+    from tasks.evaluation.suite import leaves
+
+    (folder / "group.yaml").write_text("group: all_of_it\ntask: [choices, bpb]\n")
+    assert [task.task_name for task in leaves(load(folder, "all_of_it")["all_of_it"])] == ["choices", "bpb"]
+
+
+def test_a_broken_task_file_is_named_with_its_line(folder: Path) -> None:
+    (folder / "broken.yaml").write_text("task: broken\nmetric_list: [\n")
+    with pytest.raises(UserError, match=r"not readable as YAML") as caught:
+        load(folder, "broken")
+    assert "broken.yaml:" in caught.value.where
+
+
+def test_a_missing_data_file_is_named(folder: Path) -> None:
+    (folder / "choices.jsonl").unlink()
+    with pytest.raises(UserError, match=r"data file of the evaluation task 'choices' is missing: .*choices.jsonl"):
+        load(folder, "choices")
+
+
+def test_a_malformed_data_file_is_told_with_its_task(folder: Path) -> None:
+    (folder / "choices.jsonl").write_text('{"prompt": \n')
+    with pytest.raises(UserError, match="task 'choices' does not load") as caught:
+        load(folder, "choices")
+    assert caught.value.where.endswith("choices.yaml")
+
+
+def test_a_missing_function_is_told_with_its_task(folder: Path) -> None:
+    (folder / "utils.py").write_text("def micro(items):\n    return 0.0\n")
+    with pytest.raises(UserError, match="process_results"):
+        load(folder, "answers")
+
+
+def test_a_data_file_without_documents_is_refused(folder: Path) -> None:
+    write_lines(folder / "documents.jsonl", [])
+    with pytest.raises(UserError, match="'bpb'"):
+        load(folder, "bpb")
+
+
+def test_a_missing_folder_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        load(tmp_path / "nowhere", "bpb")
+
+
+def test_pickled_weights_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    import torch
+
+    from tasks.evaluation.model import load_model
+
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_model, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="does not load") as caught:
+        load_model(str(folder), "evaluate_base", "cpu", 1)
+    assert "safetensors" in caught.value.allowed
+
+
+def test_batches_fit_the_budget_and_threads_fit_the_model() -> None:
+    from tasks.evaluation.model import choose_threads, rows_that_fit
+
+    assert rows_that_fit(100, 4 * 1024, 1 << 30) == 64  # 400 KB a row: the cap
+    assert rows_that_fit(8192, 4 * 150_000, 1 << 30) == 1
+    assert rows_that_fit(1000, 4 * 50_000, 1 << 30) == 5
+    assert [choose_threads(size, 8) for size in (1_000_000, 120_000_000, 8_000_000_000)] == [1, 2, 8]

@@ -1,0 +1,109 @@
+"""The worker as it runs: one process, several directories, no network."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tasks.stage import ERROR, LOG, ORDER, is_done, read_artifact
+from tests.evaluation.conftest import DOCUMENTS, ROOT, Evaluated, evaluation_order
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_directory_is_done_and_counted(evaluated: Evaluated) -> None:
+    assert is_done(evaluated.base) and is_done(evaluated.cpt) and is_done(evaluated.limited)
+    counts = read_artifact(evaluated.base)["counts"]
+    assert (counts["tasks"], counts["samples"]) == (3, 6 + 5 + 9)
+    assert read_artifact(evaluated.limited)["counts"]["samples"] == 3 * 2
+
+
+def test_no_network_address_is_tried(evaluated: Evaluated) -> None:
+    assert set(evaluated.sockets.splitlines()) == {"watching"}  # one line a process: lm-eval starts some of its own
+
+
+def test_results_name_every_metric_with_its_direction(evaluated: Evaluated) -> None:
+    results = json.loads((evaluated.base / "results.json").read_text())
+    assert {task: sorted(metrics) for task, metrics in results["tasks"].items()} == {
+        "answers": ["length", "nothing", "overlap"],
+        "choices": ["acc"],
+        "bpb": ["bits_per_byte"],
+    }
+    assert results["n"] == {"answers": 6, "choices": 5, "bpb": 9}
+    assert results["higher_is_better"]["bpb"] == {"bits_per_byte": False}
+    assert results["higher_is_better"]["choices"] == {"acc": True}
+
+
+def test_a_metric_without_a_number_is_null_and_said(evaluated: Evaluated) -> None:
+    results = json.loads((evaluated.base / "results.json").read_text())
+    assert results["tasks"]["answers"]["nothing"] is None
+    assert read_artifact(evaluated.base)["counts"]["undefined_metrics"] == ["answers nothing"]
+    assert "no number came out for answers nothing" in evaluated.log
+
+
+def test_the_same_model_gives_the_same_bytes(evaluated: Evaluated) -> None:
+    names = sorted(path.name for path in (evaluated.base / "samples").iterdir())
+    assert names == ["answers.jsonl", "bpb.jsonl", "choices.jsonl"]
+    for name in [f"samples/{name}" for name in names] + ["results.json"]:
+        content = (evaluated.base / name).read_bytes()
+        assert content == (evaluated.cpt / name).read_bytes(), name
+        assert b"/tmp" not in content and str(ROOT).encode() not in content
+
+
+def test_samples_follow_the_order_of_the_documents(evaluated: Evaluated) -> None:
+    lines = read_lines(evaluated.base / "samples/bpb.jsonl")
+    lengths = [len(document) for document in DOCUMENTS]
+    assert lengths != sorted(lengths) and lengths != sorted(lengths, reverse=True)
+    assert [line["target"] for line in lines] == DOCUMENTS
+    assert [line["doc_id"] for line in lines] == list(range(len(DOCUMENTS)))
+
+
+def test_samples_hold_what_each_aggregation_takes(evaluated: Evaluated) -> None:
+    results = json.loads((evaluated.base / "results.json").read_text())["tasks"]
+    answers = read_lines(evaluated.base / "samples/answers.jsonl")
+    assert all(isinstance(line["response"], str) and line["prompt"].startswith("<|im_start|>") for line in answers)
+    mean = sum(line["metrics"]["length"] for line in answers) / len(answers)
+    assert mean > 0 and mean == pytest.approx(results["answers"]["length"])
+    pairs = [line["metrics"]["bits_per_byte"] for line in read_lines(evaluated.base / "samples/bpb.jsonl")]
+    bits = -sum(score for score, _ in pairs) / sum(num_bytes for _, num_bytes in pairs) / 0.6931471805599453
+    assert bits == pytest.approx(results["bpb"]["bits_per_byte"])
+
+
+def test_document_scores_are_those_of_the_bare_model(evaluated: Evaluated) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(evaluated.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(evaluated.model)
+    for line in read_lines(evaluated.base / "samples/bpb.jsonl"):
+        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode(line["target"])]])
+        assert ids.shape[1] <= 257  # one window, so one forward pass is the whole score
+        with torch.no_grad():
+            log_probs = model(ids[:, :-1]).logits.log_softmax(-1)
+        expected = log_probs.gather(2, ids[:, 1:, None]).sum().item()
+        assert line["response"] == pytest.approx(expected, abs=1e-2)
+
+
+def test_there_is_a_sign_of_life_in_every_phase(evaluated: Evaluated) -> None:
+    for what in ("loading lm-eval", "reading 3 tasks", "loading the model", "answers generated 6/6",
+                 "choices scored 15/15", "documents scored 9/9", "done: 3 tasks, 20 samples"):  # fmt: skip
+        assert f"[steep] evaluate_base {what}" in evaluated.log
+
+
+def test_an_unknown_task_ends_with_an_error_file_and_nothing_else(
+    tmp_path: Path, tiny_model: Path, task_folder: Path
+) -> None:
+    directory = evaluation_order(tmp_path, "base", tiny_model, task_folder, tasks=["choicse"])
+    command = [sys.executable, "-m", "tasks.evaluation", str(directory)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "did you mean 'choices'?" in (directory / ERROR).read_text()
+    assert "did you mean 'choices'?" in done.stdout
+    assert {path.name for path in directory.iterdir()} <= {ORDER, ERROR, LOG}
