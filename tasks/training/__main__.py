@@ -1,0 +1,89 @@
+"""The training worker: `python -m tasks.training DIR`, or several processes of it under torchrun.
+
+Exit codes: 0 done, 2 bad input (see `error.txt` in DIR), 75 stopped by SIGTERM or SIGINT (run it again to resume).
+torchrun turns every code of a process into 1, so a stop also leaves `preempted.txt` in DIR until the next run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
+from tasks.progress import say
+from tasks.stage import ERROR, Order, finish, is_done, read_order, stage_lock, write_text
+from tasks.training.preemption import Preempted, listen
+
+PREEMPTED = "preempted.txt"
+IS_MAIN = os.environ.get("RANK", "0") == "0"
+
+
+def main(directory: Path) -> int:
+    """Compute the stage in `directory` unless it is done."""
+    listen()
+    try:
+        with stage_lock(directory, on_wait=_say_who_holds(directory)) if IS_MAIN else nullcontext():
+            return _work(directory)
+    except UserError as error:
+        if IS_MAIN:
+            write_text(directory / ERROR, error.render() + "\n")
+            print(error.render(), flush=True)
+        return EXIT_USER_ERROR
+    except Preempted:
+        if IS_MAIN:
+            write_text(directory / PREEMPTED, "stopped by a signal; run it again to resume\n")
+            say(f"{directory.name}: stopped; run it again to resume")
+        return EXIT_PREEMPTED
+
+
+def _work(directory: Path) -> int:
+    started_at = time.monotonic()
+    order = read_order(directory)
+    if is_done(directory):
+        _clear(directory)
+        return 0
+    if IS_MAIN:
+        for leftover in (ERROR, PREEMPTED):
+            (directory / leftover).unlink(missing_ok=True)
+        say(f"{order.stage:<14}starting")
+    _set_environment(order)
+    from tasks.training import fsdp as backend  # chosen before transformers is imported: it may have to come first
+
+    backend.start_process(order.how)
+    from tasks.training.run import OUTPUTS, train
+
+    counts = train(directory, order, backend)
+    if IS_MAIN:
+        finish(directory, OUTPUTS, counts, time.monotonic() - started_at)
+        _clear(directory)
+        say(f"{order.stage:<14}done: loss {counts['final_loss']:.3f}, {counts['tokens_per_second']:,.0f} tok/s, "
+            f"{counts['weights_moved_share']:.1%} of the weights moved")  # fmt: skip
+    return 0
+
+
+def _set_environment(order: Order) -> None:
+    os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", TOKENIZERS_PARALLELISM="false")
+    if not order.what["init"].get("hub"):
+        os.environ.update(HF_HUB_OFFLINE="1")
+
+
+def _clear(directory: Path) -> None:
+    """Checkpoints are for resuming; a stage that is done has its model."""
+    if IS_MAIN:
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+
+
+def _say_who_holds(directory: Path):  # type: ignore[no-untyped-def]
+    return lambda holder: say(f"{directory.name} is being computed by {holder}; waiting")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m tasks.training DIR")
+    code = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.exit(code)

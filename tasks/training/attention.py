@@ -1,0 +1,106 @@
+"""Attention that keeps the documents of a packed row apart, exactly and without a (T, T) mask.
+
+Registered with transformers as `steep_isolated`; the lengths of the documents travel through the model as keyword arguments.
+- On a CPU, one causal SDPA call a document. Forward + backward of a row of 512 with documents of 73 tokens on average, one
+  thread: 4.2 ms; the block mask that transformers would build takes 13.4 ms, ignoring the borders 9.6 ms.
+- On a GPU, where many small calls cost more than some padding, documents of similar length share one padded causal call
+  (lengths rounded up to a power of two: at most 2x the tokens, a handful of calls for any number of documents).
+
+Models with sliding windows or soft-capped scores keep transformers' own block mask, made from the position ids.
+
+Letters: T tokens, H heads, D width of a head, N documents of a bucket, L the bucket's length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+ISOLATED = "steep_isolated"
+SMALLEST_BUCKET = 32
+
+
+def choose_attention(config: Any) -> str:
+    """The attention implementation for a model's config."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    plain = kinds == {"full_attention"} and not window and not getattr(text, "attn_logit_softcapping", None)
+    return ISOLATED if plain else "sdpa"
+
+
+def attention_plan(implementation: str, device_type: str) -> Callable[[Sequence[int]], dict[str, Any]]:
+    """The function from the documents' lengths to the keyword arguments that the attention needs."""
+    if implementation != ISOLATED:
+        return lambda lengths: {}
+    if device_type == "cpu":
+        return lambda lengths: {"document_lengths": tuple(lengths)}
+    return plan_buckets
+
+
+def plan_buckets(lengths: Sequence[int]) -> dict[str, Any]:
+    """Which token goes where when documents of similar length are padded to a common one."""
+    buckets: dict[int, list[tuple[int, int]]] = {}
+    start = 0
+    for length in lengths:
+        bucket = max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+        buckets.setdefault(bucket, []).append((start, length))
+        start += length
+    take, restore, offset = [], torch.empty(start, dtype=torch.long), 0
+    for bucket, documents in buckets.items():
+        index = torch.zeros(len(documents), bucket, dtype=torch.long)  # padding repeats token 0; causal: nobody sees it
+        for row, (first, length) in enumerate(documents):
+            index[row, :length] = torch.arange(first, first + length)
+            restore[first : first + length] = offset + row * bucket + torch.arange(length)
+        take.append(index)  # (N, L)
+        offset += index.numel()
+    return {"bucket_take": take, "bucket_restore": restore}
+
+
+def isolated_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (1, H, T, D)
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    document_lengths: tuple[int, ...] | None = None,
+    bucket_take: list[torch.Tensor] | None = None,
+    bucket_restore: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each document."""
+    assert attention_mask is None and query.shape[0] == 1, "documents are told apart by their lengths, in one flat row"
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
+
+    if bucket_take is not None and bucket_restore is not None:
+        out = _attend_in_buckets(attend, (query, key, value), bucket_take, bucket_restore)
+    else:
+        assert document_lengths is not None, "the documents' lengths are missing"
+        sizes = list(document_lengths)
+        out = torch.cat([attend(*qkv) for qkv in zip(*(x.split(sizes, 2) for x in (query, key, value)))], dim=2)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _attend_in_buckets(
+    attend: Callable[..., torch.Tensor], qkv: Sequence[torch.Tensor], take: list[torch.Tensor], restore: torch.Tensor
+) -> torch.Tensor:
+    flat = [x[0].transpose(0, 1) for x in qkv]  # (T, H, D)
+    outs = []
+    for index in take:
+        padded = [x[index].transpose(1, 2) for x in flat]  # (N, H, L, D)
+        outs.append(attend(*padded).transpose(1, 2).flatten(0, 1))  # (N * L, H, D)
+    return torch.cat(outs)[restore].transpose(0, 1)[None]  # (1, H, T, D)
+
+
+AttentionInterface.register(ISOLATED, isolated_attention)

@@ -1,0 +1,109 @@
+"""What happens at every step beside learning: checks, metrics, progress, and the decision to save or to stop.
+
+Decisions are everyone's: a wish of one process (a signal that reached it, the clock of rank 0) travels with the step's sums, so
+all processes save and stop at the same step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from tasks.errors import UserError
+from tasks.progress import Progress, say
+from tasks.training.loss import StepResult, StepSums
+from tasks.training.metrics import MetricsLog
+from tasks.training.preemption import preempted
+
+
+class StepLog(TrainerCallback):  # type: ignore[misc]
+    """The trainer's callback; `grad_norm` is set by the trainer before each optimizer step."""
+
+    def __init__(
+        self, directory: Path, stage: str, num_steps: int, sums: StepSums, cadence: dict[str, Any], is_main: bool
+    ) -> None:
+        self.directory, self.stage, self.num_steps, self.sums = directory, stage, num_steps, sums
+        self.every_steps, self.every_minutes = cadence.get("every_steps"), cadence.get("every_minutes")
+        self.keep_last, self.is_main = cadence.get("keep_last", 2), is_main
+        self.metrics: MetricsLog | None = None
+        self.grad_norm = self.lr = math.nan
+        self.result: StepResult | None = None
+        self.saved_at = self.step_started_at = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the logs behind the step that we start from."""
+        first_step = state.global_step
+        if self.is_main:
+            self.metrics = MetricsLog(self.directory, first_step)
+        self.progress = Progress(self.stage, "step", self.num_steps, first=first_step)
+        self.num_tokens, self.saved_at = 0, time.monotonic()
+        self.started_at = self.step_started_at = time.monotonic()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """Sum up the step over all processes and refuse a broken one before it reaches the weights."""
+        self.lr = optimizer.param_groups[0]["lr"]
+        self.result = self.sums.reduce((preempted(), self._save_is_due()))
+        check_step(state.global_step + 1, self.result, self.grad_norm, self.lr)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write the step down; save and stop where wished."""
+        assert self.result is not None
+        now = time.monotonic()
+        seconds, self.step_started_at = now - self.step_started_at, now
+        self.num_tokens += self.result.num_tokens
+        if self.is_main:
+            self._report(state.global_step, self.result, seconds)
+        stop, save = self.result.wishes
+        last = state.global_step == self.num_steps
+        by_steps = bool(self.every_steps) and state.global_step % self.every_steps == 0
+        if stop or save or last or by_steps:
+            control.should_save = True
+            self._say(f"saving a checkpoint at step {state.global_step}" + (" (asked to stop)" if stop else ""))
+            if self.metrics:
+                self.metrics.flush()
+        if stop and not last:
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The time that a save took belongs to no step."""
+        self.saved_at = self.step_started_at = time.monotonic()
+
+    def _save_is_due(self) -> bool:
+        return bool(self.every_minutes) and time.monotonic() - self.saved_at >= self.every_minutes * 60
+
+    def _report(self, step: int, result: StepResult, seconds: float) -> None:
+        assert self.metrics is not None
+        self.metrics.write(
+            {
+                "step": step,
+                "loss": result.loss,
+                "lr": self.lr,
+                "grad_norm": self.grad_norm,
+                "tokens": result.num_tokens,
+                "supervised_tokens": result.num_targets,
+                "tokens_per_second": round(result.num_tokens / seconds, 1),
+                "seconds": round(seconds, 4),
+                "loss_by_source": result.loss_by_source,
+            }
+        )
+        speed = self.num_tokens / (time.monotonic() - self.started_at)
+        self.progress.update(step, loss=f"{result.loss:.3f}", lr=f"{self.lr:.1e}", **{"": f"{speed:,.0f} tok/s"})
+
+    def _say(self, text: str) -> None:
+        if self.is_main:
+            say(f"{self.stage:<14}{text}")
+
+
+def check_step(step: int, result: StepResult, grad_norm: float, lr: float) -> None:
+    """Stop before a step that would destroy the weights, or that would learn nothing."""
+    if not (math.isfinite(result.loss) and math.isfinite(grad_norm)):
+        raise UserError(
+            f"step {step} is not finite: loss {result.loss:g}, gradient norm {grad_norm:g}; the weights were not touched",
+            where=f"step {step}, learning rate {lr:.3g}",
+            todo="lower learning_rate or max_grad_norm, and look at the data of this step",
+        )
+    assert grad_norm > 0 or result.num_targets == 0, f"step {step}: {result.num_targets} targets, but no gradient"

@@ -1,0 +1,105 @@
+"""The backend `fsdp`: plain transformers in one process, FSDP2 in several (GPUs with NCCL, CPU processes with gloo).
+
+A backend is a module with these functions: `start_process` (before transformers is imported), `trainer_settings`,
+`before_trainer`, `check_wrapper`, `full_tensors`. With several processes each holds its shard of weights, gradients and
+states; a checkpoint is sharded as well (torch.distributed.checkpoint).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from tasks.errors import UserError
+
+
+def world_size() -> int:
+    """Processes of this run; torchrun says it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number among all."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def start_process(how: dict[str, Any]) -> None:
+    """Set up this process: check the machine against the order, choose threads, make results repeatable."""
+    expected = how.get("processes", 1) * how.get("nodes", 1)
+    if world_size() != expected:
+        raise UserError(
+            f"the order asks for {expected} processes, but {world_size()} run",
+            where="how.processes",
+            todo=f"start it with `torchrun --standalone --nproc-per-node {how.get('processes', 1)} -m tasks.training DIR`",
+        )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    threads = how.get("threads") or max(1, len(os.sched_getaffinity(0)) // how.get("processes", 1))
+    torch.set_num_threads(threads)  # part of the result's last bits: a resumed run keeps it
+    if how["device"] == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("the hardware tag asks for a GPU, but torch finds none", where="how.device", allowed="cpu")
+        torch.backends.cudnn.deterministic = True
+    else:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a write per tensor
+
+
+def trainer_settings(how: dict[str, Any]) -> dict[str, Any]:
+    """The trainer's settings for where it runs."""
+    on_cpu = how["device"] == "cpu"
+    settings: dict[str, Any] = {"use_cpu": on_cpu, "dataloader_pin_memory": not on_cpu}
+    if world_size() > 1:
+        settings["ddp_backend"] = "gloo" if on_cpu else "nccl"
+        settings["fsdp"] = True
+        settings["fsdp_config"] = {
+            "version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",  # one unit a decoder layer
+            "state_dict_type": "SHARDED_STATE_DICT",  # FULL_STATE_DICT aborts on gloo
+            "reshard_after_forward": True,
+            "cpu_ram_efficient_loading": False,
+        }
+    return settings
+
+
+def before_trainer(args: Any) -> None:
+    """Make accelerate shard on CPU too: left alone, it replaces FSDP by DDP there, in silence."""
+    if world_size() == 1 or not args.use_cpu:
+        return
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    assert args.device.type == "cpu"  # reading it initializes the process group; before the state below, which keeps it
+    # The state is a singleton: the trainer's Accelerator will find it made.
+    state = AcceleratorState(mixed_precision="bf16" if args.bf16 else "no", cpu=True, _from_accelerator=True)
+    state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+
+
+def check_wrapper(model: Any) -> str:
+    """`none` or `FSDP2`: what really wraps the model, asserted against what was asked for."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    if world_size() == 1:
+        return "none"
+    assert isinstance(model, FSDPModule), f"asked for FSDP2, got {type(model).__name__}"
+    assert all(isinstance(p, DTensor) for p in model.parameters()), "a parameter is not sharded"
+    return "FSDP2"
+
+
+def full_tensors(model: Any) -> Iterator[tuple[str, Any]]:
+    """Every parameter once, whole and on the CPU of rank 0 (None elsewhere), one gathered at a time."""
+    from torch.distributed.tensor import DTensor
+
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        yield name, tensor.cpu() if rank() == 0 else None
+    persistent = set(model.state_dict())
+    for name, buffer in model.named_buffers():
+        if name in persistent:
+            yield name, buffer.detach().cpu() if rank() == 0 else None

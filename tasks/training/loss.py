@@ -1,0 +1,76 @@
+"""The loss of a step: summed over the targets of all micro-batches on all processes, divided once by their number.
+
+`StepSums` collects, beside the loss, what the metrics need: the loss of each source, tokens and targets. It keeps sums on the
+device and crosses processes once a step; wishes (stop, save) travel in the same message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+
+def token_losses(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """Negative log-likelihood of each target of a micro-batch: (N,) float32, in nats."""
+    inputs = dict(inputs)
+    targets, predict_at = inputs.pop("targets"), inputs.pop("predict_at")  # (N,), (N,)
+    for name in ("labels", "target_sources", "num_tokens"):
+        inputs.pop(name, None)
+    # Logits only where a target is: for a chat, that is a fraction of the row.
+    logits = model(**inputs, use_cache=False, logits_to_keep=predict_at).logits[0]  # (N, vocabulary)
+    if len(targets) == 0:  # a filler: no loss, but every process takes part in the backward pass
+        return logits.sum()[None] * 0.0
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The sums of one step over all processes."""
+
+    loss: float  # nats a target
+    loss_by_source: dict[str, float]  # only sources with a target in this step
+    num_tokens: int
+    num_targets: int
+    wishes: tuple[bool, ...]
+
+
+class StepSums:
+    """Sums over the micro-batches of one step."""
+
+    def __init__(self, sources: list[str], device: torch.device) -> None:
+        self.sources = sources
+        # By source: loss, then targets. float64: counts stay exact, and so does the order-free part of the sum.
+        self.sums = torch.zeros(2, len(sources), dtype=torch.float64, device=device)
+        self.num_tokens = 0
+
+    def add(self, losses: torch.Tensor, target_sources: torch.Tensor, num_tokens: int) -> None:
+        """Take in one micro-batch; `losses` and `target_sources` are (N,)."""
+        self.num_tokens += num_tokens
+        if len(target_sources) == 0:
+            return
+        losses = losses.detach().double()
+        for row, weights in enumerate((losses, None)):
+            self.sums[row] += torch.bincount(target_sources, weights, minlength=len(self.sources))
+
+    def reduce(self, wishes: tuple[bool, ...] = ()) -> StepResult:
+        """The step over all processes; starts the next one. A wish of one process is everyone's."""
+        head = torch.tensor([self.num_tokens, *wishes], dtype=torch.float64, device=self.sums.device)
+        message = torch.cat([head, self.sums.flatten()])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(message)
+        values = message.tolist()
+        num_tokens, shared, sums = int(values[0]), values[1 : 1 + len(wishes)], values[1 + len(wishes) :]
+        losses, counts = sums[: len(self.sources)], sums[len(self.sources) :]
+        self.sums.zero_()
+        self.num_tokens = 0
+        return StepResult(
+            loss=sum(losses) / max(1.0, sum(counts)),
+            loss_by_source={name: s / n for name, s, n in zip(self.sources, losses, counts) if n},
+            num_tokens=num_tokens,
+            num_targets=int(sum(counts)),
+            wishes=tuple(value > 0 for value in shared),
+        )

@@ -1,0 +1,54 @@
+"""What a run measured, step by step: `metrics.jsonl` (one line a step) and TensorBoard events. Written by rank 0.
+
+A resumed run takes back the lines behind its checkpoint, so that every step stands there once.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tasks.stage import write_text
+
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+
+
+class MetricsLog:
+    """Appends one line a step to both places."""
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # 1 s of import that only rank 0 needs
+
+        kept = [line for line in read_metrics(directory) if line["step"] <= first_step]
+        write_text(directory / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+        self.file = (directory / METRICS).open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(directory / TENSORBOARD), purge_step=first_step + 1 if first_step else None)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """One step. The line survives a kill of this process at once; events when `flush` was called."""
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        for name in ("loss", "lr", "grad_norm", "tokens_per_second"):
+            self.board.add_scalar(name, line[name], line["step"])
+        for source, loss in line["loss_by_source"].items():
+            self.board.add_scalar(f"loss_by_source/{source}", loss, line["step"])
+
+    def flush(self) -> None:
+        """Called before a checkpoint is published: what stands behind it is never lost."""
+        self.board.flush()
+
+    def close(self, **totals: float) -> None:
+        """Write the figures of the whole stage and end."""
+        last = read_metrics(Path(self.file.name).parent)[-1]["step"]
+        for name, value in totals.items():
+            self.board.add_scalar(name, value, last)
+        self.board.close()
+        self.file.close()
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines so far; a last line that was cut off is dropped."""
+    path = directory / METRICS
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    return [json.loads(line) for line in lines[:-1]]

@@ -1,0 +1,139 @@
+"""The model to start from: checked before it is loaded, loaded in float32, with rows for the tokenizer's new tokens.
+
+Checked first, from files alone: safetensors (pickled weights are refused: loading them runs code), the positions against
+`seq_len`, the tokenizer against the embedding, and the disk against the checkpoints to come.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tasks.errors import UserError
+from tasks.stage import Order, free_bytes
+from tasks.training.attention import choose_attention
+from tasks.training.precision import Precision
+
+# A checkpoint holds the weights and Adam's two moments, the export the weights: all float32.
+CHECKPOINT_BYTES_A_PARAMETER, EXPORT_BYTES_A_PARAMETER = 12, 4
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+
+
+def resolve_init(order: Order) -> Path:
+    """The folder of the model to start from; a hub id only where the order names one."""
+    said, init = order.inputs["init"], order.what["init"]
+    if init.get("hub"):
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(said, revision=init.get("revision"), allow_patterns=patterns))
+    folder = Path(said)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no model folder: it holds no config.json", where="model.path",
+                        allowed="a folder with config.json, *.safetensors and tokenizer files")  # fmt: skip
+    return folder
+
+
+def check_init(folder: Path, seq_len: int, directory: Path, keep_last: int) -> None:
+    """Everything about the model that can be refused before it is loaded."""
+    if not list(folder.glob("*.safetensors")):
+        pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
+        what = f"holds pickled weights only ({', '.join(pickled)})" if pickled else "holds no weights"
+        raise UserError(f"{folder} {what}", allowed="*.safetensors",
+                        todo="convert them where you trust the file: load it and `save_pretrained`")  # fmt: skip
+    positions = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+    if positions is not None and seq_len > positions:
+        raise UserError(f"seq_len is {seq_len}, but the model has {positions} positions", where="model.seq_len",
+                        allowed=f"up to {positions}", todo="lower model.seq_len")  # fmt: skip
+    num_parameters = sum(_count(shape) for shape in tensor_shapes(folder).values())
+    needed = num_parameters * (CHECKPOINT_BYTES_A_PARAMETER * (keep_last + 1) + EXPORT_BYTES_A_PARAMETER)
+    present = sum(file.stat().st_size for file in (directory / "checkpoints").rglob("*") if file.is_file())
+    free = free_bytes(directory)
+    if free + present < needed:
+        raise UserError(
+            f"the disk is too small for the checkpoints: {needed / 1e9:,.1f} GB needed, {free / 1e9:,.1f} GB free",
+            where=str(directory),
+            allowed=f"{keep_last + 1} checkpoints (one is being written) and the export of {num_parameters:,} parameters",
+            todo="free space, lower checkpoint.keep_last or set runs_dir to another disk",
+        )
+
+
+def load_tokenizer(folder: Path, init: Path, added_tokens: list[str]) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """The run's tokenizer, and those of its added tokens that the model to start from has not seen."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    num_rows = _embedding_rows(init)
+    highest = max(tokenizer.get_vocab().values())
+    added_ids = set(tokenizer.convert_tokens_to_ids(added_tokens))
+    known = set(tokenizer.get_vocab().values()) - added_ids
+    if num_rows is not None and max(known) >= num_rows:
+        raise UserError(
+            f"tokenizer and model are of different vocabulary: the tokenizer's ids reach {highest}, the model has "
+            f"{num_rows} embedding rows",
+            where=str(init),
+            allowed="a tokenizer whose ids all have a row (tokens that a chat template adds get new ones)",
+            todo="use the tokenizer that belongs to the model",
+        )
+    if not added_tokens:
+        return tokenizer, []
+    has_tokenizer = any((init / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    seen = AutoTokenizer.from_pretrained(init).get_vocab() if has_tokenizer else {}
+    return tokenizer, [token for token in added_tokens if token not in seen]
+
+
+def load_model(folder: Path, precision: Precision) -> PreTrainedModel:
+    """The model in the policy's dtype; said explicitly, or a bf16 copy would cut a float32 hand-over short."""
+    implementation = choose_attention(AutoConfig.from_pretrained(folder))
+    return AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]
+        folder, dtype=precision.weights, attn_implementation=implementation, use_safetensors=True, local_files_only=True
+    )
+
+
+def add_token_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: list[str]) -> int:
+    """Give each new token the mean of the other tokens' rows, in both embeddings; returns how many got one."""
+    if not new_tokens:
+        return 0
+    new_ids = sorted(tokenizer.convert_tokens_to_ids(new_tokens))
+    old_ids = sorted(set(tokenizer.get_vocab().values()) - set(new_ids))
+    rows = model.get_input_embeddings().weight.shape[0]
+    if new_ids[-1] >= rows:  # else the vocabulary was padded and has room
+        model.resize_token_embeddings(new_ids[-1] + 1, mean_resizing=False)
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    with torch.no_grad():
+        for weight in {id(e.weight): e.weight for e in embeddings if e is not None}.values():  # tied: once
+            weight[new_ids] = weight[old_ids].mean(dim=0)
+    return len(new_ids)
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a folder's safetensors, from their headers."""
+    shapes = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _embedding_rows(folder: Path) -> int | None:
+    found = [shape[0] for name, shape in tensor_shapes(folder).items() if name.endswith(EMBEDDINGS)]
+    said = json.loads((folder / "config.json").read_text()).get("vocab_size")
+    return found[0] if found else said
+
+
+def _count(shape: Iterable[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def describe(model: Any, implementation: str) -> str:
+    """One line about a loaded model."""
+    num_parameters = sum(p.numel() for p in model.parameters())
+    return f"{num_parameters:,} parameters, {model.config.model_type}, attention {implementation}"

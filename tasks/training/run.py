@@ -1,0 +1,127 @@
+"""One training stage from its order to its counts: rows, model, training, export. Called by `__main__` on every process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch.distributed as dist
+
+from tasks.errors import UserError
+from tasks.progress import say
+from tasks.stage import Order, read_artifact, write_json
+from tasks.training import checkpoint, export
+from tasks.training.attention import attention_plan
+from tasks.training.callbacks import StepLog
+from tasks.training.loss import StepSums
+from tasks.training.metrics import METRICS, TENSORBOARD, read_metrics
+from tasks.training.model import add_token_rows, check_init, describe, load_model, load_tokenizer, resolve_init
+from tasks.training.preemption import finishing_steps
+from tasks.training.precision import precision_policy
+from tasks.training.rows import Layout, load_rows, make_collate
+from tasks.training.trainer import make_config, make_trainer
+
+OUTPUTS = (export.MODEL, METRICS, TENSORBOARD)
+RESUMES = "resumed_from.json"
+
+
+def train(directory: Path, order: Order, backend: ModuleType) -> dict[str, Any]:
+    """Train, export, and return the counts of the artifact."""
+    what, how, is_main = order.what, order.how, backend.rank() == 0
+    cadence = how.get("checkpoint") or {}
+    precision = precision_policy(how["precision"])
+    init = resolve_init(order)
+    check_init(init, what["seq_len"], directory, cadence.get("keep_last", 2))
+
+    prepared = Path(order.inputs["rows"])
+    said = read_artifact(prepared)["counts"]
+    tokenizer, new_tokens = load_tokenizer(prepared / "tokenizer", init, said.get("added_tokens", []))
+    rows = load_rows(prepared / "rows.arrow", filler_token=end_token(tokenizer))
+    layout = plan_layout(what, how, num_rows=len(rows) - 1, world_size=backend.world_size())
+
+    tell = say if is_main else lambda text: None
+    tell(f"{order.stage:<14}loading {init}")
+    model = load_model(init, precision)
+    num_new_rows = add_token_rows(model, tokenizer, new_tokens)
+    implementation = model.config._attn_implementation
+    tell(f"{order.stage:<14}{describe(model, implementation)}; {layout.num_steps} steps of {layout.rows_per_step} rows")
+
+    config = make_config(directory, what, layout, precision, backend.trainer_settings(how))
+    backend.before_trainer(config)
+    sums = StepSums(said["sources"], config.device)
+    step_log = StepLog(directory, order.stage, layout.num_steps, sums, cadence, is_main)
+    collate = make_collate(attention_plan(implementation, config.device.type))
+    trainer = make_trainer(model, tokenizer, rows, collate, config, what, layout, step_log, directory, backend)
+
+    resume_from = find_resume(directory, order.stage, is_main)
+    with finishing_steps():
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+
+    tell(f"{order.stage:<14}exporting the model")
+    tensors = {name: tensor for name, tensor in backend.full_tensors(trainer.model) if is_main}
+    if not is_main:
+        return {}
+    model_folder = export.export_model(directory, trainer.model, tokenizer, tensors)
+    moved = export.moved_share(init, model_folder)
+    assert step_log.metrics is not None
+    step_log.metrics.close(weights_moved_share=moved)
+    return count(directory, layout) | {
+        "weights_moved_share": moved,
+        "new_embedding_rows": num_new_rows,
+        "wrapper": trainer.wrapper,
+        "attention": implementation,
+    }
+
+
+def plan_layout(what: dict[str, Any], how: dict[str, Any], num_rows: int, world_size: int) -> Layout:
+    """How this machine spreads the rows of a step; which rows a step holds does not depend on it."""
+    rows_per_step = what["batch_tokens"] // what["seq_len"]
+    if rows_per_step < 1:
+        raise UserError(f"batch_tokens is {what['batch_tokens']}, less than one row of {what['seq_len']} tokens",
+                        where="batch_tokens", allowed=f"{what['seq_len']} and more")  # fmt: skip
+    return Layout(num_rows, rows_per_step, how.get("microbatch_rows", 1), world_size)
+
+
+def find_resume(directory: Path, stage: str, is_main: bool) -> Path | None:
+    """The newest whole checkpoint, as rank 0 sees it; leftovers of a killed run are removed."""
+    found: list[Path | None] = [None]
+    if is_main:
+        checkpoint.clear_unfinished(directory)
+        export.clear_unfinished(directory)
+        found = [checkpoint.newest_whole(directory)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    if is_main and found[0] is not None:
+        step = checkpoint.step_of(found[0])
+        say(f"{stage:<14}resuming from the checkpoint of step {step}")
+        write_json(directory / RESUMES, [*read_resumes(directory), step])
+    return found[0]
+
+
+def read_resumes(directory: Path) -> list[int]:
+    """The steps that this stage was resumed from so far."""
+    path = directory / RESUMES
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
+def count(directory: Path, layout: Layout) -> dict[str, Any]:
+    """The counts of a finished stage, over all its processes and resumptions."""
+    lines = read_metrics(directory)
+    assert [line["step"] for line in lines] == list(range(1, layout.num_steps + 1)), "a step is missing, or stands twice"
+    tokens, seconds = sum(line["tokens"] for line in lines), sum(line["seconds"] for line in lines)
+    return {
+        "steps": layout.num_steps,
+        "tokens": tokens,
+        "supervised_tokens": sum(line["supervised_tokens"] for line in lines),
+        "final_loss": lines[-1]["loss"],
+        "tokens_per_second": round(tokens / seconds, 1),
+        "seconds_training": round(seconds, 3),
+        "resumed_from": read_resumes(directory),
+    }
+
+
+def end_token(tokenizer: Any) -> int:
+    """The token of filler rows."""
+    return int(tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0)
