@@ -285,6 +285,9 @@ def _read_yaml(path: Path) -> yaml.MappingNode:
     except FileNotFoundError:
         known = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise UserError(f"no such file: {path}{nearest(str(path), known)}", allowed=", ".join(known)) from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise UserError(f"not readable as YAML: {error.problem}", where=f"{path}:{line}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"not readable as YAML: {error}", where=str(path)) from None
     if not isinstance(root, yaml.MappingNode):

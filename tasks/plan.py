@@ -190,8 +190,8 @@ def why_not_reused(directory: Path) -> list[str]:
     if found := damage(directory):
         return [found]
     recorded = read_artifact(directory)["how"].get("input_digests", {})
-    return [f"{name} was computed again with another result" for name, digest in recorded.items()
-            if output_digest(directory.parent / name) != digest]  # fmt: skip
+    now = {name: output_digest(directory.parent / name) for name in recorded}
+    return [f"{name} was computed again with another result" for name in now if now[name] not in ("", recorded[name])]
 
 
 def _why_stale(order: Order, runs: Path) -> list[str]:

@@ -1,0 +1,76 @@
+"""Bad configs are refused with file, line, key, value and what is allowed; good ones mean what they say."""
+
+from pathlib import Path
+
+import pytest
+
+from tasks.config import load_config, load_hardware
+from tasks.errors import UserError, parse
+from tests.conftest import edit
+
+# (text in the config, its replacement, what the message must say)
+BAD = {
+    "unknown key": ("learning_rate: 1.0e-3\n  batch_tokens: 512\nsft", "learnin_rate: 1.0e-3\n  batch_tokens: 512\nsft",
+                    ["unknown key 'learnin_rate'", "did you mean 'learning_rate'", "run.yaml:14", "cpt.learnin_rate"]),
+    "unknown section": ("evaluate:", "evalute:", ["unknown key 'evalute'", "did you mean 'evaluate'"]),
+    "unknown key of a source": ("prompt: prompt", "promt: prompt", ["'promt'", "'prompt'", "sources.chats", "run.yaml:9"]),
+    "wrong type": ("tokens: 4096", "tokens: many", ["tokens is 'many'", "run.yaml:11", "cpt.tokens", "integer"]),
+    "replay of one": ("general: 0.25", "general: 1.0", ["cpt.replay.general", "1.0", "less than 1", "run.yaml:13"]),
+    "negative replay": ("general: 0.25", "general: -0.1", ["greater than 0", "-0.1"]),
+    "mix not one": ("{laws: 1.0}", "{laws: 0.7}", ["add up to 0.7", "cpt.mix", "run.yaml:12"]),
+    "unknown source": ("{general: 0.25}", "{genral: 0.25}", ["'genral'", "did you mean 'general'", "run.yaml:13"]),
+    "both budgets": ("epochs: 1", "epochs: 1\n  tokens: 100", ["exactly one of 'tokens' and 'epochs'", "key sft"]),
+    "batch no multiple": ("batch_tokens: 512\nsft", "batch_tokens: 500\nsft", ["448 and 512", "cpt.batch_tokens"]),
+    "files and hf": ("prompt: prompt", "hf: {id: a/b}, prompt: prompt", ["exactly one of 'files' and 'hf'", "chats"]),
+    "no kind of record": (", prompt: prompt, completion: completion", "", ["exactly one kind of record", "sources.chats"]),
+    "half a pair": (", completion: completion", "", ["'prompt' needs 'completion'"]),
+    "key twice": ("name: tiny", "name: tiny\nname: other", ["'name' stands twice", "run.yaml:2"]),
+    "learning rate as text": ("1.0e-3\n  batch_tokens: 512\nsft", "fast\n  batch_tokens: 512\nsft", ["'fast'", "number"]),
+    "no yaml": ("name: tiny", "name: [tiny", ["not readable as YAML", "run.yaml"]),
+    "missing key": ("model: ", "#model: ", ["the key 'model' is missing"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_config_is_refused_with_place_and_remedy(project: Path, case: str) -> None:
+    before, after, said = BAD[case]
+    edit(project, before, after)
+    with pytest.raises(UserError) as caught:
+        load_config(project / "run.yaml")
+    message = str(caught.value)
+    assert [text for text in said if text not in message] == [], message
+    assert len(message.splitlines()) <= 8  # one screen
+
+
+def test_a_float_without_a_point_is_still_a_number(project: Path) -> None:
+    edit(project, "1.0e-3\n  batch_tokens: 512\nsft", "2e-5\n  batch_tokens: 512\nsft")  # YAML reads 2e-5 as text
+    assert load_config(project / "run.yaml").cpt.learning_rate == 2e-5
+
+
+def test_shares_cover_the_whole_budget(project: Path) -> None:
+    cpt = load_config(project / "run.yaml").cpt
+    assert cpt.shares == {"laws": 0.75, "general": 0.25}
+
+
+def test_an_unknown_tag_names_the_nearest(project: Path) -> None:
+    with pytest.raises(UserError, match="unknown hardware tag 'cpu-2x', did you mean 'cpu-x2'"):
+        load_hardware("cpu-2x")
+
+
+def test_a_missing_config_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"did you mean 'configs/regulator.yaml'"):
+        load_config("configs/regulater.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=str)
+def test_every_shipped_config_holds_to_the_schema(path: Path) -> None:
+    if path.name == "hardware.yaml":
+        assert load_hardware("cpu").device == "cpu"
+    else:
+        run = load_config(path)
+        assert load_hardware(run.hardware)
+
+
+def test_an_error_survives_the_way_from_worker_to_screen() -> None:
+    error = UserError("line 3: odd\n  second line", where="a.jsonl:3", allowed="x: y", todo="mend it")
+    assert parse(str(error)).render() == str(error)

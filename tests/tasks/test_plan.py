@@ -1,0 +1,163 @@
+"""What is reused, what runs again, and the reasons that the plan gives."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tasks.config import load_config, load_hardware
+from tasks.errors import UserError
+from tasks.plan import PRIMARY_OUTPUT, Planned, make_plan, output_digest, render, select, upstream
+from tasks.stage import finish, write_order
+from tests.conftest import edit, laws, write_lines
+
+STAGES = ["prepare_cpt", "prepare_sft", "cpt", "sft", "evaluate_base", "evaluate_cpt", "evaluate_sft", "report"]
+
+
+def plan(project: Path, tag: str = "cpu") -> dict[str, Planned]:
+    config = project / "run.yaml"
+    return make_plan(load_config(config), config, tag, load_hardware(tag))
+
+
+def pretend(planned: Planned, content: str = "") -> None:
+    """Finish a stage without its worker: the plan looks at orders, artifacts and digests only."""
+    order, runs = planned.order, planned.directory.parent
+    digests = {name: output_digest(path) for name, path in upstream(order, runs).items()}
+    directory = write_order(replace(order, how={**order.how, "input_digests": digests}), runs)
+    output = directory / PRIMARY_OUTPUT[order.kind].replace("model/", "model/weights")
+    output.parent.mkdir(exist_ok=True)
+    output.write_text(f"{order.stage} {order.key} {content}")
+    finish(directory, [str(output.relative_to(directory))], {}, 0.0)
+
+
+@pytest.fixture
+def finished(project: Path) -> Path:
+    for planned in plan(project).values():
+        pretend(planned)
+    assert all(planned.reused for planned in plan(project).values())
+    return project
+
+
+def stale(project: Path, tag: str = "cpu") -> dict[str, str]:
+    return {name: "; ".join(planned.reasons) for name, planned in plan(project, tag).items() if not planned.reused}
+
+
+def test_a_fresh_run_computes_every_stage_data_first(project: Path) -> None:
+    assert list(stale(project)) == STAGES
+    assert set(stale(project).values()) == {"not yet run"}
+
+
+def test_a_learning_rate_re_runs_its_stage_and_what_follows(finished: Path) -> None:
+    edit(finished, "learning_rate: 1.0e-3\n  batch_tokens: 512\nsft", "learning_rate: 2.0e-3\n  batch_tokens: 512\nsft")
+    found = stale(finished)
+    assert list(found) == ["cpt", "sft", "evaluate_cpt", "evaluate_sft", "report"]
+    assert found["cpt"] == "learning_rate 0.001 -> 0.002"
+    assert found["sft"] == "init changed"
+    assert "learning_rate 0.001 -> 0.002" in render(plan(finished))
+
+
+def test_the_hardware_tag_re_runs_nothing(finished: Path) -> None:
+    assert stale(finished, "cpu-x2") == {}
+
+
+def test_the_cadence_of_checkpoints_re_runs_nothing(finished: Path) -> None:
+    edit(finished, "\nsft:", "\n  checkpoint: {every_steps: 1}\nsft:")
+    assert stale(finished) == {}
+
+
+def test_a_new_file_in_a_source_re_runs_what_reads_it(finished: Path) -> None:
+    write_lines(finished / "laws-2.jsonl", laws(3, first=500))
+    found = stale(finished)
+    assert "prepare_sft" not in found and "evaluate_base" not in found
+    assert "laws-2.jsonl is new" in found["prepare_cpt"]
+
+
+def test_a_changed_file_is_named(finished: Path) -> None:
+    write_lines(finished / "chats.jsonl", [{"prompt": "a?", "completion": "b"}])
+    found = stale(finished)
+    assert "chats.jsonl changed" in found["prepare_sft"]
+    assert "prepare_cpt" not in found and "cpt" not in found
+
+
+def test_a_changed_task_re_runs_the_evaluations_only(finished: Path) -> None:
+    write_lines(finished / "heldout.jsonl", laws(6, first=900))
+    assert list(stale(finished)) == ["evaluate_base", "evaluate_cpt", "evaluate_sft", "report"]
+
+
+def test_a_lost_output_is_computed_again(finished: Path) -> None:
+    (plan(finished)["cpt"].directory / "model" / "weights").unlink()
+    assert stale(finished)["cpt"] == "model/weights is missing"
+
+
+def test_another_result_of_the_same_order_makes_what_read_it_stale(finished: Path) -> None:
+    pretend(plan(finished)["cpt"], content="a GPU's other bits")
+    found = stale(finished)
+    assert "computed again with another result" in found["sft"]
+    assert "prepare_sft" not in found and "evaluate_base" not in found
+
+
+def test_a_stage_deleted_from_disk_runs_again_with_what_follows(finished: Path) -> None:
+    import shutil
+
+    shutil.rmtree(plan(finished)["prepare_cpt"].directory)
+    found = stale(finished)
+    assert found["prepare_cpt"] == "not yet run"
+    assert found["cpt"] == "prepare_cpt runs again"
+
+
+def test_only_and_until_choose_stages(project: Path) -> None:
+    everything = plan(project)
+    assert select(everything, None, None) == STAGES
+    assert select(everything, "cpt", None) == ["cpt"]
+    assert select(everything, None, "cpt") == ["prepare_cpt", "prepare_sft", "cpt"]
+    assert select(everything, "evaluate", None) == ["evaluate_base", "evaluate_cpt", "evaluate_sft"]
+
+
+# --- what a config refers to ----------------------------------------------------------------------------------------
+
+MISSING = {
+    "no such file": (
+        "general.jsonl",
+        "genral.jsonl",
+        ["source 'general'", "does not exist", "did you mean", "run.yaml:8"],
+    ),
+    "empty glob": ("laws*.jsonl", "lows*.jsonl", ["source 'laws'", "matches no file", "run.yaml:7"]),
+    "seq_len beyond positions": (
+        "seq_len: 64",
+        "seq_len: 256",
+        ["256", "beyond the model's 128 positions", "run.yaml:5"],
+    ),
+    "no model": ("/base,", "/bose,", ["is no folder", "run.yaml:5", "hub: true"]),
+    "no template file": ("seq_len: 64", "seq_len: 64, chat_template: none.jinja", ["none.jinja", "chat_template"]),
+    "no task folder": ("/lm_eval", "/lm_ovel", ["no such folder", "evaluate.include_path"]),
+}
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_what_a_config_names_must_exist(project: Path, case: str) -> None:
+    before, after, said = MISSING[case]
+    edit(project, before, after)
+    with pytest.raises(UserError) as caught:
+        plan(project)
+    assert [text for text in said if text not in str(caught.value)] == [], str(caught.value)
+    assert not (project / "runs").exists() or not list((project / "runs").glob("*-*"))
+
+
+def test_pickled_weights_are_refused(project: Path) -> None:
+    base = project / "base"
+    real = base.resolve()
+    base.unlink()
+    base.mkdir()
+    for file in real.iterdir():
+        name = "pytorch_model.bin" if file.suffix == ".safetensors" else file.name
+        (base / name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match=r"only pickled weights \(pytorch_model.bin\)"):
+        plan(project)
+
+
+def test_lm_evals_functions_are_no_obstacle_to_reading_its_tasks(project: Path) -> None:
+    task = project / "lm_eval" / "tiny_bpb.yaml"
+    task.write_text(task.read_text() + "process_results: !function utils.f\n")
+    (project / "lm_eval" / "utils.py").write_text("f = None\n")
+    files = plan(project)["evaluate_base"].order.what["files"]
+    assert [Path(file["path"]).name for file in files] == ["tiny_bpb.yaml", "utils.py", "heldout.jsonl"]

@@ -1,0 +1,113 @@
+"""A stage's directory: identity, artifact, damage, lock."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tasks.errors import UserError
+from tasks.stage import Order, damage, finish, is_done, read_artifact, read_order, set_aside, stage_lock, write_order
+from tests.conftest import ROOT
+
+ORDER = Order("cpt", "train", "tiny", {"learning_rate": 1e-5, "init": {"a": 1, "b": 2}}, {"tag": "cpu"}, {"rows": "x"})
+
+
+def finished(runs: Path, order: Order = ORDER) -> Path:
+    directory = write_order(order, runs)
+    (directory / "model").mkdir()
+    (directory / "model" / "weights").write_bytes(b"12345678")
+    finish(directory, ["model"], {"steps": 3}, 1.5)
+    return directory
+
+
+def test_where_it_runs_is_no_part_of_the_key() -> None:
+    elsewhere = replace(ORDER, how={"tag": "8xh100-80gb", "processes": 8}, run="other", inputs={"rows": "y"})
+    assert elsewhere.key == ORDER.key
+
+
+def test_what_is_computed_is_the_key_whatever_the_order_of_its_fields() -> None:
+    assert replace(ORDER, what={"init": {"b": 2, "a": 1}, "learning_rate": 1e-5}).key == ORDER.key
+    assert replace(ORDER, what=ORDER.what | {"learning_rate": 2e-5}).key != ORDER.key
+
+
+def test_a_stage_is_done_with_its_artifact_and_not_before(tmp_path: Path) -> None:
+    directory = write_order(ORDER, tmp_path)
+    assert not is_done(directory)
+    directory = finished(tmp_path)
+    assert is_done(directory)
+    assert read_artifact(directory)["counts"] == {"steps": 3}
+    assert read_order(directory) == ORDER
+
+
+@pytest.mark.parametrize("harm", ["delete", "truncate", "flip"])
+def test_damage_to_an_output_is_seen(tmp_path: Path, harm: str) -> None:
+    directory = finished(tmp_path)
+    weights = directory / "model" / "weights"
+    if harm == "delete":
+        weights.unlink()
+    else:
+        weights.write_bytes(b"1234" if harm == "truncate" else b"12345679")
+    assert "model/weights" in damage(directory)
+    assert not is_done(directory)
+
+
+def test_a_touched_file_with_the_same_content_is_no_damage(tmp_path: Path) -> None:
+    directory = finished(tmp_path)
+    os.utime(directory / "model" / "weights", (1, 1))
+    assert damage(directory) == ""
+
+
+def test_setting_aside_keeps_every_byte(tmp_path: Path) -> None:
+    directory = finished(tmp_path)
+    aside = set_aside(directory)
+    assert aside and not directory.exists()
+    assert (aside / "model" / "weights").read_bytes() == b"12345678"
+    assert set_aside(finished(tmp_path)) != aside  # within the same second
+
+
+def test_a_folder_that_is_no_stage_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no order\.json"):
+        read_order(tmp_path)
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from tasks.stage import stage_lock
+with stage_lock(Path(sys.argv[1]), print):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_holder_frees_the_lock_at_once(tmp_path: Path) -> None:
+    directory = tmp_path / "cpt-1"
+    command = [sys.executable, "-c", HOLD, str(directory)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
+        assert holder.stdout and holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(UserError, match=f"is being computed by process {holder.pid}"),
+            stage_lock(directory, print, wait=False),
+        ):
+            pass
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    started = time.monotonic()
+    with stage_lock(directory, print, wait=False) as descriptor:
+        assert descriptor > 2
+    assert time.monotonic() - started < 1
+
+
+def test_who_waits_is_told_whom_for(tmp_path: Path) -> None:
+    directory, told = tmp_path / "cpt-1", []
+    command = [sys.executable, "-c", HOLD.replace("60", "1.5"), str(directory)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
+        assert holder.stdout and holder.stdout.readline() == "held\n"
+        with stage_lock(directory, told.append):
+            assert holder.poll() is not None or holder.wait(5) == 0
+        assert told and f"process {holder.pid}" in told[0]

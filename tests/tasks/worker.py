@@ -1,0 +1,31 @@
+"""A worker that does as its order says, for the tests of the launcher: python -m tests.tasks.worker DIR."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
+from tasks.progress import say
+from tasks.stage import ERROR, LOCK_FD_VARIABLE, finish, read_order, write_text
+
+directory = Path(sys.argv[1])
+deed = read_order(directory).what["deed"]
+say(f"deed {deed}")
+print("a library's noise", flush=True)
+if deed == "work":
+    (directory / "rows.arrow").write_text("rows")
+    finish(directory, ["rows.arrow"], {"lock": os.environ.get(LOCK_FD_VARIABLE, "")}, 0.0)
+elif deed == "refuse":
+    write_text(directory / ERROR, str(UserError("bad row", where="a.jsonl:7", todo="mend it")))
+    sys.exit(EXIT_USER_ERROR)
+elif deed == "preempted":
+    sys.exit(EXIT_PREEMPTED)
+elif deed == "crash":
+    raise ZeroDivisionError("the reason")
+elif deed == "hang":  # with a grandchild in the same group, which ignores SIGTERM
+    script = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    child = subprocess.Popen([sys.executable, "-c", script])
+    (directory / "pids").write_text(f"{os.getpid()} {child.pid}")
+    time.sleep(600)
