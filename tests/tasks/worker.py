@@ -14,7 +14,8 @@ directory = Path(sys.argv[1])
 deed = read_order(directory).what["deed"]
 say(f"deed {deed}")
 print("a library's noise", flush=True)
-if deed == "work":
+if deed in ("work", "work slowly"):
+    time.sleep(1.5 if deed == "work slowly" else 0)
     (directory / "rows.arrow").write_text("rows")
     finish(directory, ["rows.arrow"], {"lock": os.environ.get(LOCK_FD_VARIABLE, "")}, 0.0)
 elif deed == "refuse":

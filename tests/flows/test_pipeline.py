@@ -1,0 +1,126 @@
+"""The whole road, with real workers, real lm-eval and a real Prefect server; only the model and the data are small."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import get_client
+
+from flows.pipeline import load_plan, main, pipeline
+from flows.stages import report as report_flow
+from tests.conftest import ROOT, edit
+
+STAGES = ["prepare_cpt", "prepare_sft", "cpt", "sft", "evaluate", "report"]
+
+
+def run(config: Path, **options: Any) -> dict[str, str]:
+    """Run the flow; the final state of each of its task runs by name."""
+    state = pipeline(str(config), **options, return_state=True)
+    state.result()  # raises what the flow raised
+    flow_run_id = state.state_details.flow_run_id
+    with get_client(sync_client=True) as client:
+        from prefect.client.schemas.filters import FlowRunFilter
+
+        runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [flow_run_id]}))
+    return {task_run.name: task_run.state.name for task_run in sorted(runs, key=lambda r: r.start_time)}
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A project that has been run once."""
+    import tests.conftest as shared
+
+    project = shared.project.__wrapped__(tmp_path_factory.mktemp("road"), tiny_base)  # the fixture, module-wide
+    assert run(project / "run.yaml") == dict.fromkeys(STAGES, "Completed")
+    return project
+
+
+def test_the_first_run_leaves_a_model_that_loads_and_a_report(road: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    plan = load_plan(str(road / "run.yaml"), "cpu")
+    model = AutoModelForCausalLM.from_pretrained(plan["sft"].directory / "model")
+    tokenizer = AutoTokenizer.from_pretrained(plan["sft"].directory / "model")
+    assert model.get_input_embeddings().num_embeddings >= len(tokenizer)
+    assert tokenizer.chat_template and tokenizer.eos_token
+    with (plan["report"].directory / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["task", "metric", "base", "cpt", "sft"]
+    assert float(rows[0]["cpt"]) < float(rows[0]["base"])  # bits per byte of held-out domain text fell
+    page = (plan["report"].directory / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "") and 'src="http' not in page  # self-contained
+
+
+def test_the_ledger_of_both_stages_balances(road: Path) -> None:
+    plan = load_plan(str(road / "run.yaml"), "cpu")
+    for stage in ("prepare_cpt", "prepare_sft"):
+        assert json.loads((plan[stage].directory / "ledger.json").read_text())["balanced"] is True
+
+
+def test_a_second_run_reuses_everything(road: Path) -> None:
+    assert run(road / "run.yaml") == dict.fromkeys(STAGES, "Cached")
+
+
+def test_a_stage_flow_runs_its_stage_alone(road: Path) -> None:
+    state = report_flow(str(road / "run.yaml"), return_state=True)
+    assert state.is_completed()
+
+
+def test_a_changed_learning_rate_runs_what_follows_and_nothing_else(road: Path) -> None:
+    edit(
+        road,
+        "epochs: 1\n  mix:    {chats: 1.0}\n  learning_rate: 1.0e-3",
+        "epochs: 1\n  mix:    {chats: 1.0}\n  learning_rate: 2.0e-3",
+    )
+    states = run(road / "run.yaml", until="sft")
+    assert states == {"prepare_cpt": "Cached", "prepare_sft": "Cached", "cpt": "Cached", "sft": "Completed"}
+
+
+def test_forcing_sets_the_old_stage_aside(road: Path) -> None:
+    directory = load_plan(str(road / "run.yaml"), "cpu")["prepare_cpt"].directory
+    before = (directory / "rows.arrow").read_bytes()
+    assert run(road / "run.yaml", only="prepare", force="prepare") == dict.fromkeys(STAGES[:2], "Completed")
+    assert list(directory.parent.glob(f"old.{directory.name}.*"))
+    assert (directory / "rows.arrow").read_bytes() == before
+    assert run(road / "run.yaml", only="cpt") == {"cpt": "Cached"}  # the same bytes: what follows still stands
+
+
+def test_a_stage_without_what_it_reads_says_what_to_run(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", str(project / "run.yaml"), "--only", "cpt"]) == 2
+    assert "cpt reads prepare_cpt-" in (said := capsys.readouterr().err) and "--until cpt" in said
+
+
+BAD_ROWS = {
+    "malformed JSON": ('{"text": "a law"\n', ["laws.jsonl:201"]),
+    "missing field": ('{"txt": "a law"}\n', ["laws.jsonl:201", "text"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_is_one_screen_and_leaves_no_stage(project: Path, case: str) -> None:
+    line, said = BAD_ROWS[case]
+    with (project / "laws.jsonl").open("a") as file:
+        file.write(line)
+    command = [sys.executable, "-m", "flows.pipeline", "--config", str(project / "run.yaml")]
+    environment = os.environ | {"PREFECT_HOME": str(project / "prefect")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240)
+    assert done.returncode == 2, done.stderr
+    assert [text for text in said if text not in done.stderr] == [], done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert len((done.stdout + done.stderr).splitlines()) < 24
+    [directory] = (project / "runs").glob("prepare_cpt-*")
+    assert {path.name for path in directory.iterdir()} <= {"order.json", "worker.log", "error.txt"}
+
+
+def test_a_bad_config_starts_no_server(project: Path) -> None:
+    edit(project, "tokens: 4096", "tokens: -1")
+    command = [sys.executable, "-m", "flows.pipeline", "--config", str(project / "run.yaml")]
+    environment = os.environ | {"PREFECT_HOME": str(project / "prefect")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+    assert done.returncode == 2 and "cpt.tokens" in done.stderr
+    assert not (project / "prefect" / "prefect.db").exists() and not (project / "runs").exists()
