@@ -1,0 +1,189 @@
+"""Chats: render with the chat template, find what the assistant says, turn both into token ids and a mask.
+
+Trained on: what stands in `{% generation %}` blocks, or, when the template has none, each assistant turn's content, found
+by rendering it once more between two private-use characters. Either way the token that ends the turn belongs to it.
+
+A text that spells a control token (`<|im_end|>` in a user's question) must stay text. Only for such chats, content is
+rendered with those spellings replaced by private-use characters; then control tokens are what the template wrote, and the
+replaced spellings are put back and encoded as plain text.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from tasks.errors import UserError
+from tasks.preparation.records import Message
+
+Spans = list[tuple[int, int]]  # of characters
+
+PRIVATE_FIRST, PRIVATE_LAST = 0xF0000, 0xFFFFD  # plane 15: assigned to nobody
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PROBE: list[Message] = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
+# Templates may ask for today's date; a stage's output must not depend on it. (Llama 3's own fallback date.)
+FIXED_DATE = datetime(2024, 7, 26)
+
+
+class ChatEncoder:
+    """A template with its tokenizers: `control` knows special tokens, `plain` takes their spellings as text."""
+
+    def __init__(self, template: str, variables: dict[str, str], control: Tokenizer, plain: Tokenizer) -> None:
+        self.template, self.control, self.plain = template, control, plain
+        self.variables = {**variables, "strftime_now": FIXED_DATE.strftime}
+        self.has_generation = bool(GENERATION.search(template))
+        specials = [token.content for token in control.get_added_tokens_decoder().values() if token.special]
+        self.special = re.compile("|".join(re.escape(t) for t in sorted(specials, key=len, reverse=True)) or "(?!)")
+        self.end_of_turn = self._find_end_of_turn()
+
+    def encode(self, chats: list[list[Message]], wheres: list[str]) -> list[np.ndarray]:
+        """Ids of each chat; an id that is not trained on is stored as its complement, `~id`."""
+        rendered = [self._render_safe(chat, where) for chat, where in zip(chats, wheres, strict=True)]
+        easy = [i for i, (_, _, restore) in enumerate(rendered) if not restore]
+        encodings = self.control.encode_batch([rendered[i][0] for i in easy], add_special_tokens=False)
+        found = {i: _ids_and_starts(encoding) for i, encoding in zip(easy, encodings, strict=True)}
+        out = []
+        for i, (text, spans, restore) in enumerate(rendered):
+            ids, starts = found[i] if i in found else self._encode_pieces(text, restore)
+            out.append(np.where(_inside(starts, spans), ids, ~ids))
+        return out
+
+    def render(self, chat: list[Message], where: str) -> tuple[str, Spans]:
+        """The text of a chat, and what of it is trained on."""
+        text, spans = self._render(chat, where)
+        if not self.has_generation:
+            spans = self._spans_by_marking(chat, text, where)
+        return text, [(start, self._with_end_of_turn(text, start, end)) for start, end in spans]
+
+    def _render(self, chat: list[Message], where: str) -> tuple[str, Spans]:
+        from transformers.utils.chat_template_utils import render_jinja_template  # 1 s, and only chats need it
+
+        try:
+            texts, spans = render_jinja_template([chat], chat_template=self.template,
+                                                 return_assistant_tokens_mask=self.has_generation, **self.variables)  # fmt: skip
+        except jinja2.TemplateError as error:
+            raise UserError(f"the chat template refuses the chat: {error}", where=where,
+                            todo="correct the record, or set `model.chat_template`") from None  # fmt: skip
+        return texts[0], (spans[0] if spans else [])
+
+    def _render_safe(self, chat: list[Message], where: str) -> tuple[str, Spans, dict[str, str]]:
+        """Like `render`, with the spellings of control tokens replaced; the last part says by what."""
+        spelled = sorted(set(self.special.findall(_all_text(chat))))
+        if not spelled:
+            return *self.render(chat, where), {}
+        private = _unused_private(_all_text(chat), len(spelled))
+        replace = dict(zip(spelled, private, strict=True))
+        safe = _map_text(chat, lambda text: self.special.sub(lambda match: replace[match.group()], text))
+        return *self.render(safe, where), {char: token for token, char in replace.items()}
+
+    def _encode_pieces(self, text: str, restore: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encode control tokens and the text between them one by one; starts are positions in `text`."""
+        ids: list[np.ndarray] = []
+        starts: list[np.ndarray] = []
+        for start, piece in _split_at(self.special, text):
+            if self.special.fullmatch(piece):
+                ids.append(np.array([self.control.token_to_id(piece)]))
+                starts.append(np.array([start]))
+                continue
+            literal, origin = _restore(piece, restore)
+            piece_ids, piece_starts = _ids_and_starts(self.plain.encode(literal, add_special_tokens=False))
+            ids.append(piece_ids)
+            starts.append(origin[piece_starts] + start)
+        return np.concatenate(ids), np.concatenate(starts)
+
+    def _spans_by_marking(self, chat: list[Message], text: str, where: str) -> Spans:
+        open_, close = _unused_private(text, 2)
+        marked_chat = [message if message["role"] != "assistant" else _mark(message, open_, close) for message in chat]
+        marked, _ = self._render(marked_chat, where)
+        spans: Spans = []
+        unmarked = ""
+        for piece in re.split(f"([{open_}{close}])", marked):
+            if piece == open_:
+                spans.append((len(unmarked), -1))
+            elif piece == close and spans:
+                spans[-1] = (spans[-1][0], len(unmarked))
+            else:
+                unmarked += piece
+        if unmarked != text or not spans or any(end < start for start, end in spans):
+            raise UserError("cannot tell what the assistant says: the chat template changes its turns", where=where,
+                            allowed="a template with {% generation %} … {% endgeneration %} around them",
+                            todo="set `model.chat_template` to such a file, like configs/chat_template.jinja")  # fmt: skip
+        return spans
+
+    def _with_end_of_turn(self, text: str, start: int, end: int) -> int:
+        """Where the turn ends when the token that ends it is counted in."""
+        if self.end_of_turn in text[start:end]:
+            return end
+        after = end + len(text[end:]) - len(text[end:].lstrip())
+        return after + len(self.end_of_turn) if text.startswith(self.end_of_turn, after) else end
+
+    def _find_end_of_turn(self) -> str:
+        text, _ = self._render(PROBE, "the chat template")
+        found = self.special.search(text, text.rfind("Answer"))
+        if not found:
+            raise UserError("the chat template ends the assistant's turn with no special token: the model would never stop",
+                            where="model.chat_template", todo="write the tokenizer's EOS after the turn: {{ eos_token }}")  # fmt: skip
+        return found.group()
+
+
+def _ids_and_starts(encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(encoding.ids, dtype=np.int32), np.array([start for start, _ in encoding.offsets], dtype=np.int64)
+
+
+def _inside(starts: np.ndarray, spans: Spans) -> np.ndarray:
+    inside = np.zeros(len(starts), dtype=bool)
+    for start, end in spans:
+        inside |= (starts >= start) & (starts < end)
+    inside[:1] = False  # nothing comes before a chat's first token, so nothing predicts it
+    return inside
+
+
+def _mark(message: Message, open_: str, close: str) -> Message:
+    """Marks go inside the blanks at both ends, which a template may trim."""
+    content = message["content"]
+    core = content.strip()
+    head = content[: len(content) - len(content.lstrip())]
+    tail = content[len(head) + len(core) :]
+    return {**message, "content": f"{head}{open_}{core}{close}{tail}"}
+
+
+def _all_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        return "\0".join(map(_all_text, value.values()))
+    return "\0".join(map(_all_text, value)) if isinstance(value, list) else ""
+
+
+def _map_text(value: Any, change: Any) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map_text(inner, change) for key, inner in value.items()}
+    return [_map_text(inner, change) for inner in value] if isinstance(value, list) else value
+
+
+def _unused_private(text: str, number: int) -> list[str]:
+    used = set(text)
+    free = (chr(code) for code in range(PRIVATE_FIRST, PRIVATE_LAST) if chr(code) not in used)
+    return [next(free) for _ in range(number)]
+
+
+def _split_at(pattern: re.Pattern[str], text: str) -> list[tuple[int, str]]:
+    pieces, at = [], 0
+    for match in pattern.finditer(text):
+        pieces += [(at, text[at : match.start()])] if match.start() > at else []
+        pieces.append((match.start(), match.group()))
+        at = match.end()
+    return pieces + ([(at, text[at:])] if at < len(text) else [])
+
+
+def _restore(piece: str, restore: dict[str, str]) -> tuple[str, np.ndarray]:
+    """The piece with spellings put back, and for each of its characters the position in `piece` it comes from."""
+    literal = [restore.get(char, char) for char in piece]
+    return "".join(literal), np.repeat(np.arange(len(piece)), [len(text) for text in literal])
