@@ -3,8 +3,9 @@
     python -m tasks.guard --grace SECONDS -- COMMAND...
 
 If our parent dies, even by SIGKILL, the kernel sends us SIGTERM; then, as on any stop signal, we send SIGTERM to the
-worker's whole group, wait `--grace` seconds for it to save, and SIGKILL what is left. As a subreaper we also inherit
-grandchildren whose parent died, so that torchrun's ranks cannot escape.
+worker's whole group, wait `--grace` seconds for it to save, and SIGKILL everything below us. As a subreaper we inherit
+grandchildren whose parent died: torchrun's ranks and the flow runs of a Prefect worker stand in sessions of their own,
+where no signal to a group reaches them.
 
 Exit code: the worker's; 128 + signal number when a signal ended it; 143 when we were told to stop and it said no more.
 """
@@ -12,16 +13,18 @@ Exit code: the worker's; 128 + signal number when a signal ended it; 143 when we
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 POLL_SECONDS = 0.05
-SECONDS_FOR_STRAGGLERS = 5.0  # of the group, once the worker itself has ended
+SECONDS_FOR_STRAGGLERS = 5.0  # what still lives below us once the worker itself has ended
 SECONDS_AFTER_KILL = 10.0
 
 
@@ -44,7 +47,7 @@ def main(argv: list[str]) -> int:
     worker = subprocess.Popen(options.command, start_new_session=True, close_fds=False)
     while worker.poll() is None and not stop_requested:
         time.sleep(POLL_SECONDS)
-    _end_group(worker, options.grace if stop_requested else SECONDS_FOR_STRAGGLERS)
+    _end_all(worker, options.grace if stop_requested else SECONDS_FOR_STRAGGLERS)
     code = worker.returncode
     if code is None or (stop_requested and code == -signal.SIGTERM):
         return 143
@@ -58,32 +61,40 @@ def _tie_to_parent() -> None:
         libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
-def _end_group(worker: subprocess.Popen[bytes], term_seconds: float) -> None:
+def _end_all(worker: subprocess.Popen[bytes], term_seconds: float) -> None:
+    """SIGTERM to the worker's group and to orphans, once each; then SIGKILL to everything below us."""
     for number, seconds in ((signal.SIGTERM, term_seconds), (signal.SIGKILL, SECONDS_AFTER_KILL)):
-        try:
-            os.killpg(worker.pid, number)
-        except ProcessLookupError:
-            return
+        told: set[int] = set()
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if not _group_lives(worker):
-                return
+        while living := _living(worker):
+            if time.monotonic() > deadline:
+                break
+            # A rank whose torchrun lives is told by it, once it has told its other ranks what it saw.
+            direct = {pid for pid, (parent, group) in living.items() if worker.pid == group or parent == os.getpid()}
+            for pid in (direct if number == signal.SIGTERM else set(living)) - told:
+                told.add(pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
             time.sleep(POLL_SECONDS)
 
 
-def _group_lives(worker: subprocess.Popen[bytes]) -> bool:
+def _living(worker: subprocess.Popen[bytes]) -> dict[int, tuple[int, int]]:
+    """Parent and group of every process below us that has not ended."""
     worker.poll()  # first, or the loop below would take its exit code away
-    while True:  # reap grandchildren that we inherited: a zombie still counts as a member of its group
-        try:
-            if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                break
-        except ChildProcessError:
-            break
-    try:
-        os.killpg(worker.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:  # reap what we inherited
+            pass
+    all_processes = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError):
+            state, parent, group = stat.read_text().rsplit(")", 1)[1].split()[:3]  # a name may hold spaces and brackets
+            if state not in "ZX":
+                all_processes[int(stat.parent.name)] = (int(parent), int(group))
+    below, newest = {os.getpid()}, {os.getpid()}
+    while newest:
+        newest = {pid for pid, (parent, _) in all_processes.items() if parent in newest} - below
+        below |= newest
+    return {pid: all_processes[pid] for pid in below - {os.getpid()}}
 
 
 if __name__ == "__main__":
