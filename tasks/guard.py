@@ -24,7 +24,6 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 POLL_SECONDS = 0.05
-SECONDS_FOR_STRAGGLERS = 5.0  # what still lives below us once the worker itself has ended
 SECONDS_AFTER_KILL = 10.0
 
 
@@ -47,7 +46,7 @@ def main(argv: list[str]) -> int:
     worker = subprocess.Popen(options.command, start_new_session=True, close_fds=False)
     while worker.poll() is None and not stop_requested:
         time.sleep(POLL_SECONDS)
-    _end_all(worker, options.grace if stop_requested else SECONDS_FOR_STRAGGLERS)
+    _end_all(worker, options.grace)  # also stragglers of a worker that ended by itself: they may be saving
     code = worker.returncode
     if code is None or (stop_requested and code == -signal.SIGTERM):
         return 143
