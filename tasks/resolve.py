@@ -100,7 +100,7 @@ def resolve_sources(run: Run, config_path: Path, names: list[str], digests: Dige
     resolved: dict[str, Any] = {}
     for name in names:
         source = run.sources[name]
-        spec = source.model_dump(exclude_none=True, exclude={"files", "hf"})
+        spec = source.model_dump(exclude_none=True)
         if source.hf:
             where = locate(config_path, "sources", name, "hf")
             commit = hub.resolve_commit(source.hf.id, source.hf.revision, "dataset", where)
