@@ -5,7 +5,6 @@ Exit codes: 0 done (or was done before), 2 a mistake in the input, told in DIR/e
 
 from __future__ import annotations
 
-import os
 import random
 import sys
 import tempfile
@@ -14,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import EXIT_USER_ERROR, UserError
+from tasks.evaluation.environment import include_path, set_environment, task_names
 from tasks.evaluation.heartbeat import heartbeat
 from tasks.progress import say
 from tasks.stage import ERROR, Order, finish, is_done, read_order, stage_lock, write_text
 
 SEED = 0
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-QUIET = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def main(directories: list[Path]) -> int:
@@ -28,15 +26,16 @@ def main(directories: list[Path]) -> int:
     if not directories:
         print(__doc__)
         return EXIT_USER_ERROR
-    # One for the whole process: datasets reads the variable at its import. The cache of a local data file is keyed by its
-    # time of change and outlives a run; a fresh one is never stale.
+    # One for the whole process: datasets reads its variable when it is imported.
     with tempfile.TemporaryDirectory(prefix="steep-datasets-") as cache:
         for directory in directories:
             try:
                 evaluate_stage(directory, cache)
             except UserError as error:
-                if directory.is_dir():
-                    write_text(directory / ERROR, error.render() + "\n")
+                # The launcher follows the first directory; a look into the second should tell the same.
+                for folder in {directory, directories[0]}:
+                    if folder.is_dir():
+                        write_text(folder / ERROR, error.render() + "\n")
                 print(error.render(), flush=True)
                 return EXIT_USER_ERROR
     return 0
@@ -49,7 +48,7 @@ def evaluate_stage(directory: Path, cache: str) -> None:
         if is_done(directory):
             return
         (directory / ERROR).unlink(missing_ok=True)
-        set_environment(uses_hub(order), cache)
+        set_environment(order, cache)
         compute(order, directory)
 
 
@@ -60,10 +59,9 @@ def compute(order: Order, directory: Path) -> None:
         from lm_eval.evaluator import simple_evaluate
 
         from tasks.evaluation import model, results, suite
-    names = [name for side in order.what["tasks"].values() for name in side]
-    names = list(dict.fromkeys(names))
+    names = task_names(order)
     with heartbeat(order.stage, f"reading {len(names)} tasks"):
-        manager, loaded = suite.load_suite(names, order.inputs.get("include_path", "configs/lm_eval"))
+        manager, loaded = suite.load_suite(names, include_path(order))
     with heartbeat(order.stage, "loading the model"):
         lm = model.load_model(
             order.inputs["model"], order.stage, order.how.get("device", "cpu"), order.how.get("threads")
@@ -96,18 +94,6 @@ def compute(order: Order, directory: Path) -> None:
     }
     artifact = finish(directory, [results.RESULTS, results.SAMPLES], counts, time.monotonic() - started_at)
     say(f"{order.stage:<14}done: {counts['tasks']} tasks, {counts['samples']} samples, {artifact['seconds']:.0f} s")
-
-
-def set_environment(hub: bool, cache: str) -> None:
-    """Before the first import of a Hugging Face library: no network unless the order names the hub."""
-    os.environ.update(QUIET)
-    if not hub:
-        os.environ.update(OFFLINE | {"HF_DATASETS_CACHE": cache})
-
-
-def uses_hub(order: Order) -> bool:
-    """Whether the run's file names the hub for its model."""
-    return bool(order.what["model"].get("hub") or order.how.get("hub"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """lm-eval's Hugging Face model, with two things added: progress for the person who waits, and batches that fit.
 
-lm-eval takes one batch size for everything. Scoring keeps the logits of every position (vocabulary x tokens), generation
-keeps a key-value cache, so what fits differs by orders of magnitude; each kind of request gets its own number of rows,
-a function of the requests alone, so that base, CPT and SFT are scored in the same batches.
+lm-eval takes one batch size for everything. Scoring keeps the logits of every position (vocabulary x tokens),
+generation keeps a key-value cache, so what fits differs by orders of magnitude; each kind of request gets its own
+number of rows, a function of the requests alone, so that base, CPT and SFT are scored in the same batches.
 """
 
 from __future__ import annotations

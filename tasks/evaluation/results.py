@@ -1,8 +1,8 @@
-"""lm-eval's answer -> `results.json` and `samples/<task>.jsonl`: plain JSON, in a fixed order, without times and paths.
+"""lm-eval's answer -> `results.json` and `samples/<task>.jsonl`: plain JSON, fixed order, no times or paths.
 
-A metric keeps its name; one that comes from a named filter of the task is `metric,filter`. A sample's value may be a list
-(a metric with its own aggregation, such as micro F1 or bits per byte): what the aggregation takes, so that a bootstrap
-can recompute the figure from any choice of samples.
+A metric keeps its name; one that comes from a named filter of the task is `metric,filter`. A sample's value may be a
+list (a metric with its own aggregation, such as micro F1 or bits per byte): what the aggregation takes, so that a
+bootstrap can recompute the figure from any choice of samples.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""A random Llama of 40k parameters, task files of every kind that the example uses, and one run of the worker on them."""
+"""A random Llama of 40k parameters, task files of every kind that the example uses, and one run of the worker."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from tasks.stage import Order, write_order
+from tests.conftest import ROOT, make_model, write_lines
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-WORDS = "the bank must restore its ratio within ten days and report to the board before the end of march".split()
+SENTENCE = "the bank must restore its ratio within ten days and report to the board before the end of march"
 # Documents of very different lengths, in no order, so that sorting by length would show.
-DOCUMENTS = [" ".join(WORDS[i % 7 :] * (1 + (i * 5) % 4)) for i in range(9)]
+DOCUMENTS = [" ".join(SENTENCE.split()[i % 7 :] * (1 + (i * 5) % 4)) for i in range(9)]
 QUESTIONS = [{"prompt": f"the bank number {i} must", "options": [" restore", " report", " end"]} for i in range(5)]
 
-UTILS = '''
+UTILS = """
 def process_results(doc, results):
     answer = results[0]
     return {"length": float(len(answer)), "overlap": (answer.split()[:3], doc["answer"].split()), "nothing": 1.0}
@@ -30,7 +29,7 @@ def micro(items):
 
 def not_a_number(items):
     return float("nan")
-'''
+"""
 TASKS = {
     "answers": '''
 task: answers
@@ -88,30 +87,8 @@ class Evaluated:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random Llama and a byte-level BPE tokenizer."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("model")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        DOCUMENTS,
-        trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=special[0], pad_token=special[0])
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=256, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    """A folder with a random Llama (128 positions) and a byte-level BPE tokenizer."""
+    return make_model(tmp_path_factory.mktemp("model") / "tiny", DOCUMENTS)
 
 
 @pytest.fixture(scope="session")
@@ -162,7 +139,9 @@ def evaluation_order(
         "limit": limit,
     }
     inputs = {"model": str(model), "include_path": str(task_folder)}
-    return write_order(Order(f"evaluate_{role}", "evaluate", "test", what, {"device": "cpu", "tag": "cpu"}, inputs), runs)
+    return write_order(
+        Order(f"evaluate_{role}", "evaluate", "test", what, {"device": "cpu", "tag": "cpu"}, inputs), runs
+    )
 
 
 def write_tasks(folder: Path) -> None:
@@ -174,8 +153,3 @@ def write_tasks(folder: Path) -> None:
     write_lines(folder / "answers.jsonl", answers)
     write_lines(folder / "choices.jsonl", [question | {"gold": i % 3} for i, question in enumerate(QUESTIONS)])
     write_lines(folder / "documents.jsonl", [{"text": document} for document in DOCUMENTS])
-
-
-def write_lines(path: Path, records: list[dict[str, object]]) -> None:
-    """A JSON lines file."""
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))

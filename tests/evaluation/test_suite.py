@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import UserError
-from tests.evaluation.conftest import write_lines, write_tasks
+from tests.conftest import write_lines
+from tests.evaluation.conftest import write_tasks
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
 def load(folder: Path, *names: str) -> dict:
     from tasks.evaluation.suite import load_suite
 
-    return load_suite(list(names), str(folder))[1]
+    return load_suite(list(names), folder)[1]
 
 
 def test_own_tasks_are_found_without_indexing_those_of_lm_eval(folder: Path) -> None:
@@ -29,6 +30,7 @@ def test_own_tasks_are_found_without_indexing_those_of_lm_eval(folder: Path) -> 
     assert set(find_tasks(["choices", "bpb"], folder).task_index) == {"answers", "choices", "bpb"}
 
 
+@pytest.mark.slow  # 10 s: it indexes all tasks of lm-eval
 def test_a_task_of_lm_eval_is_found_beside_own_ones(folder: Path) -> None:
     from tasks.evaluation.suite import find_tasks
 
@@ -103,3 +105,22 @@ def test_batches_fit_the_budget_and_threads_fit_the_model() -> None:
     assert rows_that_fit(8192, 4 * 150_000, 1 << 30) == 1
     assert rows_that_fit(1000, 4 * 50_000, 1 << 30) == 5
     assert [choose_threads(size, 8) for size in (1_000_000, 120_000_000, 8_000_000_000)] == [1, 2, 8]
+
+
+def test_local_tasks_are_evaluated_offline_and_others_as_the_launcher_says(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    from tasks.evaluation.environment import OFFLINE, set_environment
+    from tasks.stage import Order
+
+    (folder / "group.yaml").write_text("group: all_of_it\ntask: [choices, bpb]\n")
+    for names, offline in ((["choices", "all_of_it"], True), (["choices", "arc_easy"], False)):
+        for variable in (*OFFLINE, "HF_DATASETS_CACHE"):
+            monkeypatch.setenv(variable, "before")
+        order = Order("evaluate_base", "evaluate", "t", {"tasks": {"domain": names}}, {}, {"include_path": str(folder)})
+        set_environment(order, "/cache")
+        assert (os.environ["HF_HUB_OFFLINE"], os.environ["HF_DATASETS_CACHE"]) == (
+            ("1", "/cache") if offline else ("before", "before")
+        )

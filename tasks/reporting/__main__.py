@@ -1,0 +1,37 @@
+"""Write the report of a run: `python -m tasks.reporting runs/report-KEY`.
+
+Exit codes: 0 done (or was done before), 2 a mistake in the input, told in DIR/error.txt.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tasks.errors import EXIT_USER_ERROR, UserError
+from tasks.progress import say
+from tasks.stage import ERROR, is_done, read_order, stage_lock, write_text
+
+
+def main(directory: Path) -> int:
+    """Write the report unless it stands; holds the stage's lock meanwhile."""
+    try:
+        order = read_order(directory)
+        with stage_lock(directory, on_wait=lambda holder: say(f"{order.stage:<14}waiting for {holder}")):
+            if is_done(directory):
+                return 0
+            say(f"{order.stage:<14}drawing the tables and plots of {len(order.inputs)} stages")
+            from tasks.reporting.write import write_report  # 1 s of pandas and matplotlib
+
+            artifact = write_report(directory)
+    except UserError as error:
+        if directory.is_dir():
+            write_text(directory / ERROR, error.render() + "\n")
+        print(error.render(), flush=True)
+        return EXIT_USER_ERROR
+    say(f"{order.stage:<14}done: {directory / 'report.html'}, {artifact['seconds']:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])) if len(sys.argv) == 2 else print(__doc__) or EXIT_USER_ERROR)
