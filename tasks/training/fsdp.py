@@ -68,14 +68,20 @@ def before_trainer(args: Any) -> None:
     """Make accelerate shard on CPU too: left alone, it replaces FSDP by DDP there, in silence."""
     if world_size() == 1 or not args.use_cpu:
         return
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 
-    assert args.device.type == "cpu"  # reading it initializes the process group; before the state below, which keeps it
-    # The state is a singleton: the trainer's Accelerator will find it made.
-    state = AcceleratorState(mixed_precision="bf16" if args.bf16 else "no", cpu=True, _from_accelerator=True)
-    state.distributed_type = DistributedType.FSDP
-    state.fsdp_plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+    assert args.device.type == "cpu"  # reading it starts the process group, and resets the state made below
+    mixed_precision = "bf16" if args.bf16 else "no"
+    plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+    if args.bf16:
+        plugin.set_mixed_precision(mixed_precision)
+    # The state is a singleton: the trainer's Accelerator finds it made.
+    state = AcceleratorState(
+        mixed_precision=mixed_precision, cpu=True, dynamo_plugin=TorchDynamoPlugin(), _from_accelerator=True
+    )
+    state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+    PartialState().distributed_type = DistributedType.FSDP  # copied over the state's whenever that is looked up
 
 
 def check_wrapper(model: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from tasks.errors import UserError
 from tasks.stage import Order, free_bytes
@@ -89,6 +90,7 @@ def load_tokenizer(folder: Path, init: Path, added_tokens: list[str]) -> tuple[P
 
 def load_model(folder: Path, precision: Precision) -> PreTrainedModel:
     """The model in the policy's dtype; said explicitly, or a bf16 copy would cut a float32 hand-over short."""
+    transformers_logging.disable_progress_bar()
     implementation = choose_attention(AutoConfig.from_pretrained(folder))
     return AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]
         folder, dtype=precision.weights, attn_implementation=implementation, use_safetensors=True, local_files_only=True

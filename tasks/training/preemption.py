@@ -41,6 +41,6 @@ def finishing_steps() -> Iterator[None]:
 
 
 def _handle(number: int, frame: Any) -> None:
-    _state["asked"] = True
-    if not _state["training"]:
+    first, _state["asked"] = not _state["asked"], True
+    if first and not _state["training"]:  # a second signal must not disturb the way out
         raise Preempted
