@@ -1,7 +1,8 @@
 """The training worker: `python -m tasks.training DIR`, or several processes of it under torchrun.
 
-Exit codes: 0 done, 2 bad input (see `error.txt` in DIR), 75 stopped by SIGTERM or SIGINT (run it again to resume).
-torchrun turns every code of a process into 1, so a stop also leaves `preempted.txt` in DIR until the next run.
+Exit codes: 0 done, 2 bad input (see `error.txt` in DIR), 75 stopped by SIGTERM or SIGINT (run it again to
+resume). torchrun turns every code of a process into 1, so a stop also leaves `preempted.txt` in DIR until
+the next run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What happens at every step beside learning: checks, metrics, progress, and the decision to save or to stop.
 
-Decisions are everyone's: a wish of one process (a signal that reached it, the clock of rank 0) travels with the step's sums, so
-all processes save and stop at the same step.
+Decisions are everyone's: a wish of one process (a signal that reached it, the clock of rank 0) travels with
+the step's sums, so all processes save and stop at the same step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tasks.training.metrics import MetricsLog
 from tasks.training.preemption import preempted
 
 
-class StepLog(TrainerCallback):  # type: ignore[misc]
+class StepLog(TrainerCallback):
     """The trainer's callback; `grad_norm` is set by the trainer before each optimizer step."""
 
     def __init__(
@@ -73,7 +73,7 @@ class StepLog(TrainerCallback):  # type: ignore[misc]
         self.saved_at = self.step_started_at = time.monotonic()
 
     def _save_is_due(self) -> bool:
-        return bool(self.every_minutes) and time.monotonic() - self.saved_at >= self.every_minutes * 60
+        return self.every_minutes is not None and time.monotonic() - self.saved_at >= self.every_minutes * 60
 
     def _report(self, step: int, result: StepResult, seconds: float) -> None:
         assert self.metrics is not None
@@ -102,7 +102,7 @@ def check_step(step: int, result: StepResult, grad_norm: float, lr: float) -> No
     """Stop before a step that would destroy the weights, or that would learn nothing."""
     if not (math.isfinite(result.loss) and math.isfinite(grad_norm)):
         raise UserError(
-            f"step {step} is not finite: loss {result.loss:g}, gradient norm {grad_norm:g}; the weights were not touched",
+            f"step {step} is not finite: loss {result.loss:g}, gradient norm {grad_norm:g}; weights not touched",
             where=f"step {step}, learning rate {lr:.3g}",
             todo="lower learning_rate or max_grad_norm, and look at the data of this step",
         )

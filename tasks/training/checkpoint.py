@@ -3,8 +3,8 @@
     checkpoints/checkpoint-00000040/    what the trainer saved, and digests.json
     checkpoints/.writing/               a save in progress; whatever is found there at start was cut off
 
-A run that is killed at any moment, also while saving, finds the last complete checkpoint. A damaged one (a file of another
-size or digest) is skipped, and said so.
+A run that is killed at any moment, also while saving, finds the last complete checkpoint. A damaged one (a
+file of another size or digest) is skipped, and said so.
 """
 
 from __future__ import annotations
@@ -92,5 +92,5 @@ def _digest(folder: Path) -> dict[str, dict[str, str | int]]:
         digests = list(pool.map(file_sha256, files))
     return {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": digest}
-        for file, digest in zip(files, digests)
+        for file, digest in zip(files, digests, strict=True)
     }

@@ -1,7 +1,8 @@
-"""The export: a plain model folder that `AutoModelForCausalLM`, lm-eval and vLLM load; written aside and renamed.
+"""The export: a plain model folder that `AutoModelForCausalLM`, lm-eval and vLLM load; written aside and
+renamed.
 
-Weights stay in float32, after CPT and after SFT, whatever the base came in: a bf16 copy between the stages would round away
-most of what CPT learned (at a rate of 5e-6, 93 % of the weights would not move at all).
+Weights stay in float32, after CPT and after SFT, whatever the base came in: a bf16 copy between the stages
+would round away most of what CPT learned (at a rate of 5e-6, 93 % of the weights would not move at all).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def moved_share(before: Path, after: Path) -> float:
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    found = {}
+    found: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             found |= dict.fromkeys(tensors.keys(), file)

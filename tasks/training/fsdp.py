@@ -1,8 +1,9 @@
-"""The backend `fsdp`: plain transformers in one process, FSDP2 in several (GPUs with NCCL, CPU processes with gloo).
+"""The backend `fsdp`: plain transformers in one process, FSDP2 in several (GPUs with NCCL, CPU processes with
+gloo).
 
-A backend is a module with these functions: `start_process` (before transformers is imported), `trainer_settings`,
-`before_trainer`, `check_wrapper`, `full_tensors`. With several processes each holds its shard of weights, gradients and
-states; a checkpoint is sharded as well (torch.distributed.checkpoint).
+A backend is a module with these functions: `start_process` (before transformers is imported),
+`trainer_settings`, `before_trainer`, `check_wrapper`, `full_tensors`. With several processes each holds its
+shard of weights, gradients and states; a checkpoint is sharded as well (torch.distributed.checkpoint).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def start_process(how: dict[str, Any]) -> None:
         raise UserError(
             f"the order asks for {expected} processes, but {world_size()} run",
             where="how.processes",
-            todo=f"start it with `torchrun --standalone --nproc-per-node {how.get('processes', 1)} -m tasks.training DIR`",
+            todo=f"start it with `torchrun --standalone --nproc-per-node {expected} -m tasks.training DIR`",
         )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
@@ -44,7 +45,8 @@ def start_process(how: dict[str, Any]) -> None:
         torch.backends.cudnn.deterministic = True
     else:
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a write per tensor
+        # A debugging aid that costs a write a tensor.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def trainer_settings(how: dict[str, Any]) -> dict[str, Any]:
@@ -91,8 +93,9 @@ def check_wrapper(model: Any) -> str:
 
     if world_size() == 1:
         return "none"
+    whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    assert not whole, f"{whole} are not sharded"
     assert isinstance(model, FSDPModule), f"asked for FSDP2, got {type(model).__name__}"
-    assert all(isinstance(p, DTensor) for p in model.parameters()), "a parameter is not sharded"
     return "FSDP2"
 
 

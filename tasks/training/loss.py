@@ -1,7 +1,8 @@
-"""The loss of a step: summed over the targets of all micro-batches on all processes, divided once by their number.
+"""The loss of a step: summed over the targets of all micro-batches on all processes, divided once by their
+number.
 
-`StepSums` collects, beside the loss, what the metrics need: the loss of each source, tokens and targets. It keeps sums on the
-device and crosses processes once a step; wishes (stop, save) travel in the same message.
+`StepSums` collects, beside the loss, what the metrics need: the loss of each source, tokens and targets. It
+keeps sums on the device and crosses processes once a step; wishes (stop, save) travel in the same message.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def token_losses(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor
     logits = model(**inputs, use_cache=False, logits_to_keep=predict_at).logits[0]  # (N, vocabulary)
     if len(targets) == 0:  # a filler: no loss, but every process takes part in the backward pass
         return logits.sum()[None] * 0.0
-    return F.cross_entropy(logits.float(), targets, reduction="none")
+    losses: torch.Tensor = F.cross_entropy(logits.float(), targets, reduction="none")
+    return losses
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class StepSums:
         self.num_tokens = 0
         return StepResult(
             loss=sum(losses) / max(1.0, sum(counts)),
-            loss_by_source={name: s / n for name, s, n in zip(self.sources, losses, counts) if n},
+            loss_by_source={name: s / n for name, s, n in zip(self.sources, losses, counts, strict=True) if n},
             num_tokens=num_tokens,
             num_targets=int(sum(counts)),
             wishes=tuple(value > 0 for value in shared),

@@ -1,4 +1,5 @@
-"""What a run measured, step by step: `metrics.jsonl` (one line a step) and TensorBoard events. Written by rank 0.
+"""What a run measured, step by step: `metrics.jsonl` (one line a step) and TensorBoard events. Written by rank
+0.
 
 A resumed run takes back the lines behind its checkpoint, so that every step stands there once.
 """

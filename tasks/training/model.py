@@ -1,7 +1,9 @@
-"""The model to start from: checked before it is loaded, loaded in float32, with rows for the tokenizer's new tokens.
+"""The model to start from: checked before it is loaded, loaded in float32, with rows for the tokenizer's new
+tokens.
 
-Checked first, from files alone: safetensors (pickled weights are refused: loading them runs code), the positions against
-`seq_len`, the tokenizer against the embedding, and the disk against the checkpoints to come.
+Checked first, from files alone: safetensors (pickled weights are refused: loading them runs code), the
+positions against `seq_len`, the tokenizer against the embedding, and the disk against the checkpoints to
+come.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def check_init(folder: Path, seq_len: int, directory: Path, keep_last: int) -> N
         raise UserError(
             f"the disk is too small for the checkpoints: {needed / 1e9:,.1f} GB needed, {free / 1e9:,.1f} GB free",
             where=str(directory),
-            allowed=f"{keep_last + 1} checkpoints (one is being written) and the export of {num_parameters:,} parameters",
+            allowed=f"{keep_last + 1} checkpoints (one in the making) and the export of {num_parameters:,} parameters",
             todo="free space, lower checkpoint.keep_last or set runs_dir to another disk",
         )
 
@@ -71,7 +73,7 @@ def load_tokenizer(folder: Path, init: Path, added_tokens: list[str]) -> tuple[P
     tokenizer = AutoTokenizer.from_pretrained(folder)
     num_rows = _embedding_rows(init)
     highest = max(tokenizer.get_vocab().values())
-    added_ids = set(tokenizer.convert_tokens_to_ids(added_tokens))
+    added_ids = {tokenizer.get_vocab()[token] for token in added_tokens}
     known = set(tokenizer.get_vocab().values()) - added_ids
     if num_rows is not None and max(known) >= num_rows:
         raise UserError(
@@ -92,7 +94,7 @@ def load_model(folder: Path, precision: Precision) -> PreTrainedModel:
     """The model in the policy's dtype; said explicitly, or a bf16 copy would cut a float32 hand-over short."""
     transformers_logging.disable_progress_bar()
     implementation = choose_attention(AutoConfig.from_pretrained(folder))
-    return AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]
+    return AutoModelForCausalLM.from_pretrained(
         folder, dtype=precision.weights, attn_implementation=implementation, use_safetensors=True, local_files_only=True
     )
 
@@ -101,12 +103,12 @@ def add_token_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
     """Give each new token the mean of the other tokens' rows, in both embeddings; returns how many got one."""
     if not new_tokens:
         return 0
-    new_ids = sorted(tokenizer.convert_tokens_to_ids(new_tokens))
+    new_ids = sorted(tokenizer.get_vocab()[token] for token in new_tokens)
     old_ids = sorted(set(tokenizer.get_vocab().values()) - set(new_ids))
-    rows = model.get_input_embeddings().weight.shape[0]
-    if new_ids[-1] >= rows:  # else the vocabulary was padded and has room
+    inputs: Any = model.get_input_embeddings()
+    if new_ids[-1] >= inputs.weight.shape[0]:  # else the vocabulary was padded and has room
         model.resize_token_embeddings(new_ids[-1] + 1, mean_resizing=False)
-    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    embeddings: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     with torch.no_grad():
         for weight in {id(e.weight): e.weight for e in embeddings if e is not None}.values():  # tied: once
             weight[new_ids] = weight[old_ids].mean(dim=0)
@@ -115,7 +117,7 @@ def add_token_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a folder's safetensors, from their headers."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118

@@ -3,7 +3,8 @@
 - `fp32`: float32 everywhere; on a GPU the matrix products too (no TF32), so that its curve is the CPU's.
 - `fp32-master`: float32 weights, gradients and states; bf16 autocast in the forward pass.
 
-Plain bf16 weights are no policy: at CPT learning rates they learn 30 % of what they should (7 % of the weights move).
+Plain bf16 weights are no policy: at CPT learning rates they learn 30 % of what they should (7 % of the
+weights move).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT: during training a wish to stop after this step, at any other time an end at once.
 
-Either way the process exits with 75 (`EXIT_PREEMPTED`), and running the same directory again goes on where it stopped.
+Either way the process exits with 75 (`EXIT_PREEMPTED`), and running the same directory again goes on where
+it stopped.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Packed rows on their way to the model: `rows.arrow` -> which rows a step holds -> one micro-batch of tensors.
 
-The order of the rows was fixed when they were prepared, so the sampler is sequential and step `s` holds the rows
-`[s * rows_per_step, (s + 1) * rows_per_step)`, however they are spread over micro-batches and processes. Where a step does
-not divide, filler rows (one token without a target) stand in: nothing repeats and no process starves.
+The order of the rows was fixed when they were prepared, so the sampler is sequential and step `s` holds the
+rows `[s * rows_per_step, (s + 1) * rows_per_step)`, however they are spread over micro-batches and
+processes. Where a step does not divide, filler rows (one token without a target) stand in: nothing repeats
+and no process starves.
 
-A micro-batch is one flat row without padding: its rows behind each other, positions counted from 0 in each document. A
-document's first token has no target, because nothing of its own document stands before it.
+A micro-batch is one flat row without padding: its rows behind each other, positions counted from 0 in each
+document. A document's first token has no target, because nothing of its own document stands before it.
 
 Letters: T tokens of a micro-batch, N targets in it.
 """
@@ -89,7 +90,7 @@ class StepSampler(Sampler[int]):
 def make_collate(
     plan_attention: Callable[[Sequence[int]], dict[str, Any]],
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """The function that turns the rows of one micro-batch into tensors; `plan_attention` gets the documents' lengths."""
+    """The function from the rows of one micro-batch to tensors; `plan_attention` gets the documents' lengths."""
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         real = [row for row in rows if row["seq_lengths"][0] > 0]  # fillers have nothing to learn from

@@ -1,4 +1,5 @@
-"""One training stage from its order to its counts: rows, model, training, export. Called by `__main__` on every process."""
+"""One training stage from its order to its counts: rows, model, training, export. Called by `__main__` on
+every process."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from tasks.training.callbacks import StepLog
 from tasks.training.loss import StepSums
 from tasks.training.metrics import METRICS, TENSORBOARD, read_metrics
 from tasks.training.model import add_token_rows, check_init, describe, load_model, load_tokenizer, resolve_init
-from tasks.training.preemption import finishing_steps
 from tasks.training.precision import precision_policy
+from tasks.training.preemption import finishing_steps
 from tasks.training.rows import Layout, load_rows, make_collate
 from tasks.training.trainer import make_config, make_trainer
 
@@ -107,9 +108,9 @@ def check_same_kind(found: Path) -> None:
     sharded, several = any(found.glob("pytorch_model_fsdp*")), dist.is_initialized()
     if sharded != several:
         raise UserError(
-            f"the checkpoint of step {checkpoint.step_of(found)} was written by {'several processes' if sharded else 'one'}",
+            f"step {checkpoint.step_of(found)} was saved by {'several processes' if sharded else 'a single process'}",
             where=str(found),
-            allowed="resuming on the hardware tag that it was written on (any number of processes above one is one kind)",
+            allowed="resuming with a single process, or with several, as it was saved",
             todo="use that tag, or start the stage over with --force",
         )
 
@@ -123,7 +124,7 @@ def read_resumes(directory: Path) -> list[int]:
 def count(directory: Path, layout: Layout) -> dict[str, Any]:
     """The counts of a finished stage, over all its processes and resumptions."""
     lines = read_metrics(directory)
-    assert [line["step"] for line in lines] == list(range(1, layout.num_steps + 1)), "a step is missing, or stands twice"
+    assert [line["step"] for line in lines] == list(range(1, layout.num_steps + 1)), "steps are missing or double"
     tokens, seconds = sum(line["tokens"] for line in lines), sum(line["seconds"] for line in lines)
     return {
         "steps": layout.num_steps,

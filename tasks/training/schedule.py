@@ -1,7 +1,8 @@
 """The learning rate of every step: linear warmup to the peak, then a cosine that ends at the floor.
 
-Step 0 already learns (`1 / warmup_steps` of the peak), the last warmup step is at the peak, and the last step of all is at
-exactly `min_lr_ratio`. (transformers' `cosine_with_min_lr` gives step 0 a rate of 0 and never reaches its floor.)
+Step 0 already learns (`1 / warmup_steps` of the peak), the last warmup step is at the peak, and the last
+step of all is at exactly `min_lr_ratio`. (transformers' `cosine_with_min_lr` gives step 0 a rate of 0 and
+never reaches its floor.)
 """
 
 from __future__ import annotations

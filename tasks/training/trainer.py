@@ -1,7 +1,9 @@
-"""TRL's SFTTrainer on ready rows, with everything said explicitly: no default of a library decides what is learned.
+"""TRL's SFTTrainer on ready rows, with everything said explicitly: no default of a library decides what is
+learned.
 
-The subclass changes five things: rows come in their prepared order, the loss has one denominator a step, the schedule ends at
-its floor, a checkpoint is written aside, and TRL's own metrics (entropy and accuracy of every token) are not computed.
+The subclass changes five things: rows come in their prepared order, the loss has one denominator a step,
+the schedule ends at its floor, a checkpoint is written aside, and TRL's own metrics (entropy and accuracy
+of every token) are not computed.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from tasks.training import checkpoint
 from tasks.training.callbacks import StepLog
@@ -26,7 +28,7 @@ from tasks.training.schedule import lr_factor
 ADAM_EPSILON = 1e-8
 
 
-class RowTrainer(SFTTrainer):  # type: ignore[misc]
+class RowTrainer(SFTTrainer):
     """SFTTrainer for packed rows; `step_log` is the callback that also holds the step's sums."""
 
     def __init__(
@@ -41,7 +43,7 @@ class RowTrainer(SFTTrainer):  # type: ignore[misc]
     ) -> None:
         self.what, self.layout, self.step_log, self.directory = what, layout, step_log, directory
         self.backend, self.wrapper = backend, ""
-        super().__init__(*args, callbacks=[step_log], **kwargs)
+        super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return StepSampler(self.layout)
@@ -56,7 +58,8 @@ class RowTrainer(SFTTrainer):  # type: ignore[misc]
         assert num_training_steps == self.layout.num_steps, (num_training_steps, self.layout)
         warmup, floor = self.what["warmup_ratio"], self.what["min_lr_ratio"]
         self.lr_scheduler = LambdaLR(
-            optimizer or self.optimizer, lambda step: lr_factor(step, num_training_steps, warmup, floor)
+            optimizer or self.optimizer,  # type: ignore[arg-type]
+            lambda step: lr_factor(step, num_training_steps, warmup, floor),
         )
         self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -69,7 +72,8 @@ class RowTrainer(SFTTrainer):  # type: ignore[misc]
         losses = token_losses(model, inputs)  # (N,)
         self.step_log.sums.add(losses, inputs["target_sources"], inputs["num_tokens"])
         # Gradients are averaged over processes: times their number makes it the sum that we want.
-        return losses.sum() / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
+        loss: torch.Tensor = losses.sum() / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
+        return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -166,6 +170,7 @@ def make_trainer(
         train_dataset=rows,
         data_collator=collate,
         processing_class=tokenizer,
+        callbacks=[step_log],
         what=what,
         layout=layout,
         step_log=step_log,
