@@ -92,7 +92,7 @@ def prepare(order: Order, work: Path) -> dict[str, Any]:
         "fill": int(written.tokens.sum()) / (written.num_rows * what["seq_len"]),
         "sources": [plan.name for plan in plans],
         "epochs": {plan.name: one.epochs for plan, one in zip(plans, draws, strict=True)},
-        "added_tokens": [{"token": token, "id": number} for token, number in settled.added_tokens],
+        "added_tokens": [token for token, _ in settled.added_tokens],
         "eos": {"token": settled.eos, "id": settled.eos_id},
         "end_of_turn": end_of_turn(settled),
     }
