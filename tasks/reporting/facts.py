@@ -109,11 +109,11 @@ def recipe_table(run: RunRecord) -> Table:
             if f"prepare_{stage.name}" in run.stages}  # fmt: skip
     rows: list[list[str]] = []
     for stage in run.trained:
-        settings = {name: stage.order.what[name] for name in RECIPE if stage.order.what.get(name) is not None}
-        prepared = data.get(stage.name, {})
-        settings |= {name: prepared[name] for name in DATA_RECIPE if prepared.get(name) is not None}
-        settings |= {f"mix.{name}": share for name, share in prepared.get("mix", {}).items()}
-        settings |= {f"replay.{name}": share for name, share in prepared.get("replay", {}).items()}
+        prepared, what = data.get(stage.name, {}), stage.order.what
+        settings = {name: prepared[name] for name in DATA_RECIPE if prepared.get(name) is not None}
+        settings |= {f"{part}: {name}": percent(share, digits=1) for part in ("mix", "replay")
+                     for name, share in prepared.get(part, {}).items()}  # fmt: skip
+        settings |= {name: what[name] for name in RECIPE if what.get(name) is not None}
         for name, value in settings.items():
             row = next((row for row in rows if row[0] == name), None) or _new_row(rows, name, len(run.trained))
             row[1 + run.trained.index(stage)] = setting(value)
@@ -144,12 +144,12 @@ def versions_table(run: RunRecord) -> Table:
 
 
 def hardware_table(run: RunRecord) -> Table:
-    """The hardware row that each kind of stage ran with."""
-    rows = []
+    """The hardware row that stages ran with; stages with the same one share a line."""
+    stages: dict[str, list[str]] = {}
     for name, stage in run.stages.items():
         how = {key: value for key, value in stage.artifact.get("how", {}).items() if key not in HOW_NOT_SHOWN}
-        rows.append([name, ", ".join(f"{key} {setting(value)}" for key, value in flatten(how).items())])
-    return Table(["stage", "hardware and how"], rows, num_text_columns=2)
+        stages.setdefault(", ".join(f"{key} {setting(value)}" for key, value in how.items()), []).append(name)
+    return Table(["hardware", "stages"], [[how, listed(names)] for how, names in stages.items()], 2, style="fine")
 
 
 def lineage_table(run: RunRecord) -> Table:
@@ -177,15 +177,6 @@ def files_read(what: dict[str, Any]) -> list[str]:
 def short(stage: StageRecord) -> str:
     """`cpt` of `prepare_cpt`."""
     return stage.name.removeprefix("prepare_")
-
-
-def flatten(values: dict[str, Any], name: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with the names joined."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        full = f"{name} {key}" if name else str(key)
-        flat |= flatten(value, full) if isinstance(value, dict) else {full: value}
-    return flat
 
 
 def _new_row(rows: list[list[str]], name: str, num_stages: int) -> list[str]:

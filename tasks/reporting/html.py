@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from itertools import groupby
 
 from tasks.reporting.blocks import Block, Cell, Column, Columns, Figure, Gallery, Section, Table, Text
 from tasks.reporting.style import CSS
@@ -26,10 +27,20 @@ def render_html(title: str, subtitle: Sequence[str], sections: Sequence[Section]
 
 
 def _section(section: Section) -> str:
-    blocks = "\n".join(_block(block) for block in section.blocks)
+    blocks = "\n".join(_group(group) for group in _grouped(section.blocks))
     if section.folded:
         return f"<section><details><summary><h2>{escape(section.title)}</h2></summary>\n{blocks}\n</details></section>"
     return f"<section><h2>{escape(section.title)}</h2>\n{blocks}\n</section>"
+
+
+def _grouped(blocks: Sequence[Block]) -> list[list[Block]]:
+    """Tables that follow one another stand side by side where there is room."""
+    return [list(group) for _, group in groupby(blocks, key=lambda block: isinstance(block, Table))]
+
+
+def _group(blocks: Sequence[Block]) -> str:
+    parts = "\n".join(_block(block) for block in blocks)
+    return f'<div class="tables">{parts}</div>' if isinstance(blocks[0], Table) else parts
 
 
 def _block(block: Block) -> str:
@@ -58,7 +69,7 @@ def _table(table: Table) -> str:
     body = "\n".join(_row(row, table) for row in table.rows)
     title = f"<h3>{escape(table.title)}</h3>" if table.title else ""
     caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
-    return (f'<div class="scroll">{title}<table class="{table.style}">{caption}<thead><tr>{head}</tr></thead>\n'
+    return (f'<div class="scroll {table.style}">{title}<table>{caption}<thead><tr>{head}</tr></thead>\n'
             f"<tbody>\n{body}\n</tbody></table></div>")  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def data(run: RunRecord) -> Section:
     told: list[str] = []  # SFT's tokenizer is CPT's: tokens are told where they first came in
     for stage in run.prepared:
         blocks += [table for table in (facts.mix_table(stage), facts.ledger_table(stage)) if table]
-        added = [item["token"] for item in stage.counts.get("added_tokens", []) if item["token"] not in told]
+        added = [token for token in stage.counts.get("added_tokens", []) if token not in told]
         if added:
             told += added
             blocks.append(Text(f"The chat template added {len(added)} tokens: {listed(added)}. Their embedding rows "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ from tasks.reporting.results import TITLES
 MAX_TASKS, SAMPLES_A_TASK = 2, 3
 MAX_CHARS = 1400
 ROWS_A_SOURCE = 1
+NEWLINE = "\n"
+EMPTY_LINES = re.compile(r"\n(?:[ \t]*\n){3,}")
 
 
 def side_by_side(run: RunRecord) -> Iterator[Columns]:
@@ -52,7 +55,9 @@ def spread(length: int, count: int) -> list[int]:
 
 
 def cut(text: str) -> str:
-    """The text, its end left out when it is long."""
+    """The text as it is shown: many empty lines become a note (a model that learned nothing repeats them), and the end
+    of a long text is left out."""
+    text = EMPTY_LINES.sub(lambda found: f"\n[{len(found.group().split(NEWLINE)) - 2} empty lines]\n", text)
     return text if len(text) <= MAX_CHARS else f"{text[:MAX_CHARS]}\n[{len(text) - MAX_CHARS:,} characters more]"
 
 

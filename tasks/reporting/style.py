@@ -22,12 +22,14 @@ section { margin-top: 44px; }
 summary { cursor: pointer; color: var(--quiet); }
 summary h2 { display: inline; color: var(--ink); }
 section > details[open] > summary { margin-bottom: 14px; }
-.scroll { overflow-x: auto; margin-bottom: 26px; }
+.scroll { overflow-x: auto; max-width: 100%; margin-bottom: 26px; }
 .scroll h3 { margin: 0 0 4px; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
-table.fine { font-size: 12.5px; }
-table.lead { width: 100%; font-size: 14.5px; }
-table.lead td { padding-top: 6px; padding-bottom: 6px; }
+.tables { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 0 52px; }
+.fine, .lead { width: 100%; }
+.fine table { font-size: 12.5px; }
+.lead table { width: 100%; font-size: 14.5px; }
+.lead td { padding-top: 6px; padding-bottom: 6px; }
 caption { caption-side: bottom; text-align: left; color: var(--quiet); font-size: 12.5px; padding-top: 7px; }
 th, td { padding: 5px 14px 5px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 thead th { color: var(--quiet); font-weight: 500; vertical-align: bottom; }

@@ -62,9 +62,8 @@ def _prepare(runs: Path, name: str) -> Path:
     })  # fmt: skip
     pieces = [{"trained": False, "text": "user asks\n"}, {"trained": True, "text": f"answer {HOSTILE}{FENCE}"}]
     write_json(directory / "examples.json", {"laws": [{"where": "data/x.jsonl:1", "tokens": 12, "pieces": pieces}]})
-    tokens = [{"token": "<|im_start|>", "id": 1024}, {"token": "<|im_end|>", "id": 1025}]
     counts = {"rows": 782, "tokens": 400_000, "supervised_tokens": 120_000, "sources": ["laws", "general"],
-              "added_tokens": tokens}  # fmt: skip
+              "added_tokens": ["<|im_start|>", "<|im_end|>"]}  # fmt: skip
     finish(directory, ["ledger.json", "mix.json", "examples.json"], counts, 12.3)
     return directory
 

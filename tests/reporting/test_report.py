@@ -14,6 +14,7 @@ from tasks.reporting.gather import gather
 from tasks.reporting.html import render_html
 from tasks.reporting.page import make_sections
 from tasks.reporting.results import is_better, results_frame
+from tasks.reporting.samples import MAX_CHARS, cut
 from tasks.reporting.terminal import result_table_text
 from tasks.reporting.write import write_report
 from tasks.stage import ERROR, is_done, read_artifact
@@ -154,6 +155,13 @@ def test_a_run_without_a_part_has_a_report_too(tmp_path: Path, stages: tuple[str
         assert f"{missing.upper()} \u2212 Base" not in text and missing.upper() not in terminal
     else:
         assert terminal == "nothing was evaluated"
+
+
+def test_long_and_empty_answers_are_shortened() -> None:
+    assert cut("yes" + "\n" * 20 + "no") == "yes\n[19 empty lines]\nno"
+    assert cut("a\n\nb") == "a\n\nb"
+    shown = cut("x" * (MAX_CHARS + 5))
+    assert shown.startswith("x" * MAX_CHARS) and shown.endswith("[5 characters more]")
 
 
 def test_terminal_table_is_aligned_and_directed(report_directory: Path) -> None:
