@@ -16,12 +16,18 @@ from pathlib import Path
 
 from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from tasks.progress import say
-from tasks.stage import ERROR, Order, finish, is_done, read_order, stage_lock, write_text
+from tasks.stage import ERROR, finish, is_done, read_order, stage_lock, write_text
 from tasks.training.preemption import Preempted, listen
 
 PREEMPTED = "preempted.txt"
 # transformers and TRL import these where they find them, for functions that we do not call: 2 of 7.7 s of start-up.
 UNUSED = ("sklearn", "scipy", "peft")
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 IS_MAIN = os.environ.get("RANK", "0") == "0"
 
 
@@ -53,7 +59,7 @@ def _work(directory: Path) -> int:
         for leftover in (ERROR, PREEMPTED):
             (directory / leftover).unlink(missing_ok=True)
         say(f"{order.stage:<14}starting")
-    _set_environment(order)
+    _set_environment()
     from tasks.training import fsdp as backend  # chosen before transformers is imported: it may have to come first
 
     backend.start_process(order.how)
@@ -68,10 +74,8 @@ def _work(directory: Path) -> int:
     return 0
 
 
-def _set_environment(order: Order) -> None:
-    os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", TOKENIZERS_PARALLELISM="false")
-    if not order.what["init"].get("hub"):
-        os.environ.update(HF_HUB_OFFLINE="1")
+def _set_environment() -> None:
+    os.environ.update(OFFLINE)
     for package in UNUSED:
         sys.modules[package] = None  # type: ignore[assignment]
 

@@ -17,12 +17,18 @@ from safetensors import safe_open
 MODEL, WRITING = "model", ".model.writing"
 
 
-def export_model(directory: Path, model: Any, tokenizer: Any, tensors: dict[str, torch.Tensor]) -> Path:
-    """Write `model/` from gathered tensors; tied weights are stored once."""
+def export_model(
+    directory: Path, model: Any, tokenizer: Any, tensors: dict[str, torch.Tensor], stop_ids: list[int]
+) -> Path:
+    """Write `model/` from gathered tensors; tied weights are stored once. Generation ends at any of `stop_ids` too."""
     aside, final = directory / WRITING, directory / MODEL
     clear_unfinished(directory)
     model.config.dtype = torch.float32
     model.config.use_cache = True  # the trainer turned it off
+    known = model.generation_config.eos_token_id
+    known = known if isinstance(known, list) else [known]
+    ids = [token for token in dict.fromkeys([*known, *stop_ids]) if token is not None]
+    model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
     model.save_pretrained(aside, state_dict=tensors)
     tokenizer.save_pretrained(aside)
     if final.exists():  # of a run that was killed between this rename and its artifact

@@ -30,14 +30,8 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embe
 
 
 def resolve_init(order: Order) -> Path:
-    """The folder of the model to start from; a hub id only where the order names one."""
-    said, init = order.inputs["init"], order.what["init"]
-    if init.get("hub"):
-        from huggingface_hub import snapshot_download
-
-        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(said, revision=init.get("revision"), allow_patterns=patterns))
-    folder = Path(said)
+    """The folder of the model to start from; what a hub id names was fetched before we were started."""
+    folder = Path(order.inputs["init"])
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no model folder: it holds no config.json", where="model.path",
                         allowed="a folder with config.json, *.safetensors and tokenizer files")  # fmt: skip

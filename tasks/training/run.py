@@ -64,7 +64,7 @@ def train(directory: Path, order: Order, backend: ModuleType) -> dict[str, Any]:
     tensors = {name: tensor for name, tensor in backend.full_tensors(trainer.model) if is_main}
     if not is_main:
         return {}
-    model_folder = export.export_model(directory, trainer.model, tokenizer, tensors)
+    model_folder = export.export_model(directory, trainer.model, tokenizer, tensors, stop_ids(tokenizer, said))
     moved = export.moved_share(init, model_folder)
     assert step_log.metrics is not None
     step_log.metrics.close(weights_moved_share=moved)
@@ -135,6 +135,12 @@ def count(directory: Path, layout: Layout) -> dict[str, Any]:
         "seconds_training": round(seconds, 3),
         "resumed_from": read_resumes(directory),
     }
+
+
+def stop_ids(tokenizer: Any, said: dict[str, Any]) -> list[int]:
+    """The tokens that end a document and, where the rows hold chats, an assistant's turn."""
+    turn = said.get("end_of_turn")
+    return [end_token(tokenizer), *([turn["id"]] if turn else [])]
 
 
 def end_token(tokenizer: Any) -> int:

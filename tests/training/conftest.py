@@ -99,6 +99,13 @@ def pack(documents: list[tuple[list[int], list[int], int]]) -> list[dict[str, li
     return rows
 
 
+def crowded_row() -> dict[str, list[int]]:
+    """A row of many documents of both sources, where an inner one begins with a label."""
+    row = max(pack(make_documents(80, mean=6)), key=lambda row: len(row["seq_lengths"]))
+    assert len(row["seq_lengths"]) >= 5 and len(set(row["seq_sources"])) == 2
+    return row
+
+
 def write_rows(path: Path, rows: list[dict[str, list[int]]]) -> Path:
     """An Arrow IPC stream of rows."""
     kinds = {"input_ids": pa.int32(), "labels": pa.int32(), "seq_lengths": pa.int32(), "seq_sources": pa.int16()}
