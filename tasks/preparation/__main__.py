@@ -2,8 +2,8 @@
 
     read, clean, tokenize (a pool) -> spill to disk -> duplicates -> mix -> pack -> order -> rows.arrow, ledger.json
 
-Everything is made in DIR/work and renamed at the end, so a killed run leaves nothing and the next one starts over. The output
-is a pure function of the order's `what` and the files: the same bytes for any number of processes.
+Everything is made in DIR/work and renamed at the end, so a killed run leaves nothing and the next one starts over.
+The output is a pure function of the order's `what` and the files: the same bytes for any number of processes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from tasks.errors import EXIT_USER_ERROR, UserError
 from tasks.preparation.corpus import Corpus, read_corpus, say_drops, usable
@@ -27,7 +26,7 @@ from tasks.preparation.mix import Draws, mix
 from tasks.preparation.rows import Written, write_rows
 from tasks.preparation.shares import describe_mix
 from tasks.preparation.sources import SourcePlan, check_files, plan_sources
-from tasks.preparation.tokenizer import copy_tokenizer, end_of_turn, settle
+from tasks.preparation.tokenizer import copy_tokenizer, end_of_turn, load_backend, settle
 from tasks.progress import Progress, say
 from tasks.stage import ERROR, Order, finish, is_done, read_order, stage_lock, write_json, write_text
 
@@ -81,7 +80,7 @@ def prepare(order: Order, work: Path) -> dict[str, Any]:
     written = write_rows(work / "rows.arrow", corpus.tokens, layout, len(plans), progress.update)
     ledger = make_ledger(plans, corpus, draws, num_pieces, left, written)
     described = describe_mix(plans, draws, written)
-    tokenizer = Tokenizer.from_file(str(work / "tokenizer" / "tokenizer.json"))
+    tokenizer = load_backend(settled)
     write_json(work / "ledger.json", ledger)
     write_json(work / "mix.json", described)
     write_json(work / "examples.json", examples(plans, draws, corpus.index, corpus.tokens, corpus.files, tokenizer))

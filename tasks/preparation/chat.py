@@ -1,11 +1,12 @@
 """Chats: render with the chat template, find what the assistant says, turn both into token ids and a mask.
 
-Trained on: what stands in `{% generation %}` blocks, or, when the template has none, each assistant turn's content, found
-by rendering it once more between two private-use characters. Either way the token that ends the turn belongs to it.
+Trained on: what stands in `{% generation %}` blocks, or, when the template has none, each assistant turn's content,
+found by rendering it once more between two private-use characters. Either way the token that ends the turn belongs to
+it.
 
 A text that spells a control token (`<|im_end|>` in a user's question) must stay text. Only for such chats, content is
-rendered with those spellings replaced by private-use characters; then control tokens are what the template wrote, and the
-replaced spellings are put back and encoded as plain text.
+rendered with those spellings replaced by private-use characters; then control tokens are what the template wrote, and
+the replaced spellings are put back and encoded as plain text.
 """
 
 from __future__ import annotations
@@ -61,11 +62,13 @@ class ChatEncoder:
         return text, [(start, self._with_end_of_turn(text, start, end)) for start, end in spans]
 
     def _render(self, chat: list[Message], where: str) -> tuple[str, Spans]:
-        from transformers.utils.chat_template_utils import render_jinja_template  # 1 s, and only chats need it
+        # Imported here: it takes 1 s, and only chats need it.
+        from transformers.utils.chat_template_utils import render_jinja_template
 
+        render: Any = render_jinja_template
         try:
-            texts, spans = render_jinja_template([chat], chat_template=self.template,
-                                                 return_assistant_tokens_mask=self.has_generation, **self.variables)  # fmt: skip
+            texts, spans = render([chat], chat_template=self.template,
+                                  return_assistant_tokens_mask=self.has_generation, **self.variables)  # fmt: skip
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template refuses the chat: {error}", where=where,
                             todo="correct the record, or set `model.chat_template`") from None  # fmt: skip
@@ -110,9 +113,12 @@ class ChatEncoder:
             else:
                 unmarked += piece
         if unmarked != text or not spans or any(end < start for start, end in spans):
-            raise UserError("cannot tell what the assistant says: the chat template changes its turns", where=where,
-                            allowed="a template with {% generation %} … {% endgeneration %} around them",
-                            todo="set `model.chat_template` to such a file, like configs/chat_template.jinja")  # fmt: skip
+            raise UserError(
+                "cannot tell what the assistant says: the chat template changes its turns",
+                where=where,
+                allowed="a template with {% generation %} ... {% endgeneration %} around them",
+                todo="set `model.chat_template` to such a file, like configs/chat_template.jinja",
+            )
         return spans
 
     def _with_end_of_turn(self, text: str, start: int, end: int) -> int:
@@ -126,8 +132,11 @@ class ChatEncoder:
         text, _ = self._render(PROBE, "the chat template")
         found = self.special.search(text, text.rfind("Answer"))
         if not found:
-            raise UserError("the chat template ends the assistant's turn with no special token: the model would never stop",
-                            where="model.chat_template", todo="write the tokenizer's EOS after the turn: {{ eos_token }}")  # fmt: skip
+            raise UserError(
+                "the chat template ends the assistant's turn with no special token: the model would never stop",
+                where="model.chat_template",
+                todo="write the tokenizer's EOS after the turn: {{ eos_token }}",
+            )
         return found.group()
 
 

@@ -1,4 +1,4 @@
-"""Cleaning: Unicode NFC, and what is dropped for itself. Duplicates need all documents and are found later (dedup.py)."""
+"""Cleaning: Unicode NFC, and what is dropped for itself. Duplicates are found later, among all documents (dedup.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def clean_text(text: str, min_chars: int) -> tuple[str, int]:
 
 
 def clean_chat(chat: list[Message]) -> tuple[list[Message], int]:
-    """The messages in NFC; a chat whose assistant says nothing is empty. `min_chars` is for documents: answers may be short."""
+    """The messages in NFC; a chat whose assistant says nothing is empty. Answers may be short: no `min_chars` here."""
     chat = [{**message, "content": nfc(message["content"])} for message in chat]
     says = any(message["content"].strip() for message in chat if message["role"] == "assistant")
     return chat, (OK if says else EMPTY)

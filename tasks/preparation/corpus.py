@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from tasks.errors import UserError
 from tasks.preparation.clean import DUPLICATE, OK, OVERFLOW, REASONS, UNSUPERVISED
@@ -17,7 +16,7 @@ from tasks.preparation.examples import pieces
 from tasks.preparation.pool import POOL_FROM_BYTES, encode_all
 from tasks.preparation.sources import SourcePlan, all_files, read_blocks, total_bytes
 from tasks.preparation.spill import Spill, chunks, forget
-from tasks.preparation.tokenizer import Settled
+from tasks.preparation.tokenizer import Settled, load_backend
 from tasks.progress import Progress, say
 
 MEGABYTE = 1_000_000
@@ -52,10 +51,11 @@ def read_corpus(plans: list[SourcePlan], settled: Settled, what: dict[str, Any],
 
 def usable(corpus: Corpus, source: int, plan: SourcePlan, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """(document numbers, tokens of each that may be used) of what a source has left."""
-    found = [np.flatnonzero((corpus.index["status"][part] == OK) & (corpus.index["source"][part] == source)) + part.start
-             for part in chunks(len(corpus.index))]  # fmt: skip
+    index, found = corpus.index, []
+    for part in chunks(len(index)):
+        found.append(np.flatnonzero((index["status"][part] == OK) & (index["source"][part] == source)) + part.start)
     numbers = np.concatenate(found)
-    lengths = corpus.index["length"][numbers]
+    lengths = index["length"][numbers]
     forget(corpus.index)
     return numbers, (np.minimum(lengths, seq_len) if plan.is_chat else lengths)
 
@@ -118,9 +118,13 @@ def _settle_overflow(plans: list[SourcePlan], index: np.ndarray, what: dict[str,
         mine = index["source"] == number
         if not np.any(mine & (index["status"] == OK)):
             duplicate = bool(np.any(mine & (index["status"] == DUPLICATE)))
-            raise UserError(f"nothing is left of the source '{plan.name}'", where=f"sources.{plan.name}",
-                            todo="all of it is a duplicate of other sources: leave one of them out" if duplicate
-                            else "all conversations overflow: raise `model.seq_len`, or set `overflow: truncate`")  # fmt: skip
+            raise UserError(
+                f"nothing is left of the source '{plan.name}'",
+                where=f"sources.{plan.name}",
+                todo="all of it is a duplicate of other sources: leave one of them out"
+                if duplicate
+                else "all conversations overflow: raise `model.seq_len`, or set `overflow: truncate`",
+            )
 
 
 def _check_masks(plans: list[SourcePlan], corpus: Corpus, settled: Settled, seq_len: int) -> None:
@@ -136,9 +140,9 @@ def _check_masks(plans: list[SourcePlan], corpus: Corpus, settled: Settled, seq_
             continue
         first = index[mine[0]]
         ids = corpus.tokens[first["offset"] : first["offset"] + first["length"]]
-        shown = pieces(ids[:SHOWN_TOKENS], Tokenizer.from_file(f"{settled.folder}/tokenizer.json"))
+        shown = pieces(ids[:SHOWN_TOKENS], load_backend(settled))
         text = "".join(f"[[{piece['text']}]]" if piece["trained"] else piece["text"] for piece in shown)
-        raise UserError(f"{'no token' if not supervised else 'every token'} of the chats in '{plan.name}' is trained on",
+        raise UserError(f"{'every' if supervised else 'no'} token of the chats in '{plan.name}' is trained on",
                         where=f"{corpus.where(int(mine[0]))}, rendered ([[trained]]): {text!r}",
                         allowed="loss on the assistant's turns only",
                         todo="correct the {% generation %} marks of the chat template")  # fmt: skip

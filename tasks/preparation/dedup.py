@@ -1,7 +1,7 @@
 """Exact duplicates, within and across sources: of equal documents the first in reading order stays.
 
-Equal means equal after cleaning; told by 128-bit hashes, so that among 10^12 documents the chance of one wrong drop is
-below 10^-14. Documents are compared in buckets of their hash, so that memory does not grow with their number.
+Equal means equal after cleaning; told by 128-bit hashes, so that among 10^12 documents the chance of one wrong drop
+is below 10^-14. Documents are compared in buckets of their hash, so that memory does not grow with their number.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Encoding: one block of raw records becomes token ids and a few numbers a document. Runs in the pool's processes.
 
-parse -> text or messages -> clean -> hash -> tokenize. Each record is tokenized once, with special tokens' spellings taken
-as text; EOS goes to the end of a document. Records that cleaning drops are counted in tokens too, for the ledger.
+parse -> text or messages -> clean -> hash -> tokenize. Each record is tokenized once, with special tokens' spellings
+taken as text; EOS goes to the end of a document. Records that cleaning drops are counted in tokens too, for the
+ledger.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from itertools import chain, pairwise
 
 import numpy as np
 import orjson
-from tokenizers import Tokenizer
 
 from tasks.errors import UserError
 from tasks.preparation.chat import ChatEncoder
@@ -21,10 +21,10 @@ from tasks.preparation.clean import EMPTY, OK, clean_chat, clean_text
 from tasks.preparation.readers import Located
 from tasks.preparation.records import chat_messages, document_text, parse_lines
 from tasks.preparation.sources import Block, SourcePlan
-from tasks.preparation.tokenizer import Settled
+from tasks.preparation.tokenizer import Settled, load_backend
 
-# A pre-tokenized word that was seen is not merged again. The library's default holds 10,000 words a process.
-CACHED_WORDS = 1 << 17
+Hashed = tuple[list[int], list[bytes], list[np.ndarray]]  # status, hash and ids of each record
+
 TEXTS_A_CALL = 64  # an Encoding takes about 100 bytes a token, so few are held at a time
 
 
@@ -48,14 +48,8 @@ class Encoder:
 
     def __init__(self, settled: Settled, plans: list[SourcePlan], seq_len: int) -> None:
         self.settled, self.plans, self.seq_len = settled, plans, seq_len
-        self.control = Tokenizer.from_file(f"{settled.folder}/tokenizer.json")
-        self.plain = Tokenizer.from_file(f"{settled.folder}/tokenizer.json")
+        self.plain = load_backend(settled)
         self.plain.encode_special_tokens = True  # a spelled `<|endoftext|>` is text
-        for tokenizer in (self.control, self.plain):
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
-            if hasattr(tokenizer.model, "_resize_cache"):
-                tokenizer.model._resize_cache(CACHED_WORDS)
         added = self.plain.get_added_tokens_decoder()
         unknown = settled.template_variables.get("unk_token")
         special = {i: token.content for i, token in added.items() if token.special and token.content != unknown}
@@ -64,7 +58,7 @@ class Encoder:
         self.spelling = re.compile("|".join(re.escape(text) for text in special.values()))
         self.chat = None
         if settled.template is not None:
-            self.chat = ChatEncoder(settled.template, settled.template_variables, self.control, self.plain)
+            self.chat = ChatEncoder(settled.template, settled.template_variables, load_backend(settled), self.plain)
 
     def encode(self, block: Block) -> Encoded:
         """Everything that is done to a record before documents meet each other."""
@@ -85,29 +79,28 @@ class Encoder:
             np.concatenate(kept) if kept else np.empty(0, dtype=np.int32),
         )  # fmt: skip
 
-    def _documents(self, located: list[Located], plan: SourcePlan, path: str) -> tuple[list[int], list[bytes], list[np.ndarray]]:
+    def _documents(self, located: list[Located], plan: SourcePlan, path: str) -> Hashed:
         raw = [document_text(record, plan.fields, f"{path}:{line}") for line, record in located]
         texts, status = zip(*(clean_text(text, plan.min_chars) for text in raw), strict=True) if raw else ((), ())
-        hashes = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
+        hashes = [_hash(text.encode(), b"text") for text in texts]
         head, tail = list(self.settled.prefix_ids), [self.settled.eos_id]
-        ids = []
+        ids: list[np.ndarray] = []
         for start in range(0, len(texts), TEXTS_A_CALL):
             batch = texts[start : start + TEXTS_A_CALL]
-            for text, encoding in zip(batch, self.plain.encode_batch_fast(batch, add_special_tokens=False), strict=True):
-                ids.append(np.array(head + encoding.ids + tail, dtype=np.int32))
+            encodings = self.plain.encode_batch_fast(batch, add_special_tokens=False)
+            ids += [np.array(head + encoding.ids + tail, dtype=np.int32) for encoding in encodings]
         nothing = np.empty(0, dtype=np.int32)
         ids = [nothing if reason == EMPTY else one for one, reason in zip(ids, status, strict=True)]
         self._refuse_specials_inside(ids, texts, [f"{path}:{line}" for line, _ in located])
         return list(status), hashes, ids
 
-    def _chats(self, located: list[Located], plan: SourcePlan, path: str) -> tuple[list[int], list[bytes], list[np.ndarray]]:
+    def _chats(self, located: list[Located], plan: SourcePlan, path: str) -> Hashed:
         assert self.chat is not None
         wheres = [f"{path}:{line}" for line, _ in located]
         raw = [chat_messages(record, plan.kind, plan.fields, where)
                for (_, record), where in zip(located, wheres, strict=True)]  # fmt: skip
         chats, status = zip(*(clean_chat(chat) for chat in raw), strict=True) if raw else ((), ())
-        hashes = [hashlib.blake2b(orjson.dumps(chat, option=orjson.OPT_SORT_KEYS), digest_size=16, person=b"chat").digest()
-                  for chat in chats]  # fmt: skip
+        hashes = [_hash(orjson.dumps(chat, option=orjson.OPT_SORT_KEYS), b"chat") for chat in chats]
         ids: list[np.ndarray] = []
         for start in range(0, len(chats), TEXTS_A_CALL):
             stop = start + TEXTS_A_CALL
@@ -133,3 +126,7 @@ class Encoder:
         pieces = [self.plain.encode(text[a:b], add_special_tokens=False).ids for a, b in pairwise(cuts)]
         whole = [*self.settled.prefix_ids, *chain.from_iterable(pieces), self.settled.eos_id]
         return np.array(whole, dtype=np.int32)
+
+
+def _hash(data: bytes, kind: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16, person=kind).digest()

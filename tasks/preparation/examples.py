@@ -15,7 +15,12 @@ EXAMPLE_TOKENS = 600
 
 
 def examples(
-    plans: list[SourcePlan], draws: list[Draws], index: np.ndarray, tokens: np.ndarray, files: list[str], tokenizer: Tokenizer
+    plans: list[SourcePlan],
+    draws: list[Draws],
+    index: np.ndarray,
+    tokens: np.ndarray,
+    files: list[str],
+    tokenizer: Tokenizer,
 ) -> dict[str, Any]:
     """A few drawn documents a source: where they come from, and their text in trained and untrained pieces."""
     found: dict[str, Any] = {}

@@ -3,8 +3,8 @@
     read = duplicate + dropped + kept
     kept = truncated + unused + drawn once;   packed = drawn once + repeated;   trained = packed
 
-`packed` and `supervised` are counted from the rows as they were written, everything else from the index and the draws, so
-that the two sides do not come from the same sum.
+`packed` and `supervised` are counted from the rows as they were written, everything else from the index and the
+draws, so that the two sides do not come from the same sum.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def balance(sources: dict[str, dict[str, Any]], supervised: dict[str, int]) -> d
         for unit in ("documents", "tokens"):
             dropped = sum(pair[unit] for pair in lines["dropped"].values())
             _equal(name, unit, "read", lines["read"][unit], lines["duplicate"][unit] + dropped + lines["kept"][unit])
-            drawn = lines["kept"][unit] - lines["truncated"].get(unit, 0) - lines["unused"][unit] + lines["repeated"][unit]
+            drawn = (
+                lines["kept"][unit] - lines["truncated"].get(unit, 0) - lines["unused"][unit] + lines["repeated"][unit]
+            )
             _equal(name, unit, "packed", lines["packed"][unit], drawn)
         _equal(name, "tokens", "supervised", lines["supervised"]["tokens"], supervised[name])
     return {"sources": sources, "total": _total(list(sources.values())), "balanced": True}

@@ -1,12 +1,12 @@
 """Mixing: the stage's token budget over its sources, as draws of documents.
 
-A source gets `share x budget` tokens. Each pass takes its documents in one seeded order; a source that is asked for more
-than it has starts over, and refuses beyond `max_epochs`. Documents meet their target to the token: the last one drawn is
-cut. Conversations are never cut; of the last pass those are drawn that fill the target best, and the targets of the
-documents then follow what the conversations really made, so that shares hold.
+A source gets `share x budget` tokens. Each pass takes its documents in one seeded order; a source that is asked for
+more than it has starts over, and refuses beyond `max_epochs`. Documents meet their target to the token: the last one
+drawn is cut. Conversations are never cut; of the last pass those are drawn that fill the target best, and the targets
+of the documents then follow what the conversations really made, so that shares hold.
 
-The draws are dealt over `num_parts` parts that are packed one after another, each holding the same share of every source and
-no document twice: so repeats of a document stand a pass apart, and never in one row.
+The draws are dealt over `num_parts` parts that are packed one after another, each holding the same share of every
+source and no document twice: so repeats of a document stand a pass apart, and never in one row.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class Draws:
         return int(self.take.sum())
 
 
-def mix(plans: list[SourcePlan], lengths: list[np.ndarray], documents: list[np.ndarray], what: dict[str, Any]) -> list[Draws]:
+def mix(
+    plans: list[SourcePlan], lengths: list[np.ndarray], documents: list[np.ndarray], what: dict[str, Any]
+) -> list[Draws]:
     """The draws of each source. `lengths` and `documents` describe what each source has left after cleaning."""
     have = [int(one.sum(dtype=np.int64)) for one in lengths]
     budget = _budget(plans, have, what)
@@ -82,7 +84,9 @@ def _check_epochs(plans: list[SourcePlan], have: list[int], budget: float, max_e
             )  # fmt: skip
 
 
-def _draw(lengths: np.ndarray, target: int, rng: np.random.Generator, cut_last: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _draw(
+    lengths: np.ndarray, target: int, rng: np.random.Generator, cut_last: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(local numbers, tokens taken, pass) of documents that hold `target` tokens."""
     order = rng.permutation(len(lengths))
     in_order = lengths[order].astype(np.int64)
@@ -118,8 +122,8 @@ def _fill(lengths: np.ndarray, gap: int) -> np.ndarray:
 def _deal(documents: np.ndarray, take: np.ndarray, num_parts: int) -> np.ndarray:
     """Each draw's part: an equal number of tokens each, in order. No part holds a document twice.
 
-    Passes have one order, so equal documents stand a pass apart and a part is no longer than a pass. Only the documents that
-    `_fill` picked early may break that: such a one goes to the next part that lacks it.
+    Passes have one order, so equal documents stand a pass apart and a part is no longer than a pass. Only the
+    documents that `_fill` picked early may break that: such a one goes to the next part that lacks it.
     """
     total = int(take.sum())
     if not total:

@@ -1,8 +1,8 @@
 """The order of rows: seeded, and spread so evenly that every window of the training holds the asked-for shares.
 
 Rows are sorted by what they are made of (at random among equals), and the n-th row of the output is taken from place
-frac(n * golden ratio) of that sorted list. Any run of W consecutive points of that sequence covers [0, 1) evenly to about
-log(W) / W, so any run of rows is made of what the whole is made of. One sort, no loop over rows.
+frac(n * golden ratio) of that sorted list. Any run of W consecutive points of that sequence covers [0, 1) evenly to
+about log(W) / W, so any run of rows is made of what the whole is made of. One sort, no loop over rows.
 """
 
 from __future__ import annotations

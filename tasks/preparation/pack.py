@@ -1,8 +1,9 @@
 """Packing: pieces of documents into rows of `seq_len` tokens, best-fit-decreasing over everything.
 
-A document longer than a row is cut into full rows and a rest. Then the pieces go by decreasing length, each into the row
-with the least room that still holds it. That is done by counting, a length at a time: all pieces of a length meet all rows
-with a certain room in one step, so the cost depends on the number of different lengths and not on the number of pieces.
+A document longer than a row is cut into full rows and a rest. Then the pieces go by decreasing length, each into the
+row with the least room that still holds it. That is done by counting, a length at a time: all pieces of a length meet
+all rows with a certain room in one step, so the cost depends on the number of different lengths and not on the number
+of pieces.
 """
 
 from __future__ import annotations

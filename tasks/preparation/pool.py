@@ -1,7 +1,7 @@
 """The pool: blocks are encoded by spawned processes and come back in the order they were read.
 
-Spawned, not forked: a forked child of a process with threads (Arrow, tokenizers) may hang. With one process, or little
-text, everything happens here, because a process takes 0.5 s to start. The output is the same either way.
+Spawned, not forked: a forked child of a process with threads (Arrow, tokenizers) may hang. With one process, or
+little text, everything happens here, because a process takes 0.5 s to start. The output is the same either way.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from tasks.preparation.tokenizer import Settled
 
 POOL_FROM_BYTES = 4_000_000  # about 2 s of one core
 PR_SET_PDEATHSIG = 1
-_encoder: Encoder | None = None
+_encoder: list[Encoder] = []  # of a pool's process: one
 
 
-def encode_all(blocks: Iterable[Block], settled: Settled, plans: list[SourcePlan], seq_len: int, processes: int) -> Iterator[Encoded]:
+def encode_all(
+    blocks: Iterable[Block], settled: Settled, plans: list[SourcePlan], seq_len: int, processes: int
+) -> Iterator[Encoded]:
     """Encode every block; results in the order of the blocks, at most a few blocks in memory."""
     if processes <= 1:
         encoder = Encoder(settled, plans, seq_len)
@@ -48,14 +50,12 @@ def encode_all(blocks: Iterable[Block], settled: Settled, plans: list[SourcePlan
 
 
 def _start(settled: Settled, plans: list[SourcePlan], seq_len: int, parent: int) -> None:
-    global _encoder
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent leaves nothing behind
     if os.getppid() != parent:
         os._exit(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process; the pool is the parallelism
-    _encoder = Encoder(settled, plans, seq_len)
+    _encoder.append(Encoder(settled, plans, seq_len))
 
 
 def _encode(block: Block) -> Encoded:
-    assert _encoder is not None
-    return _encoder.encode(block)
+    return _encoder[0].encode(block)

@@ -78,12 +78,12 @@ def read_records(path: str, kind: str, fields: list[str]) -> Iterator[tuple[Loca
 @contextmanager
 def open_binary(path: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """The decompressed stream, and the raw file whose position tells how far we are."""
-    with open(path, "rb") as raw:
+    with Path(path).open("rb") as raw:
         if not path.endswith(COMPRESSED):
             yield raw, raw
             return
         try:
-            yield (gzip.open(raw) if path.endswith(".gz") else _open_zstd(raw)), raw  # type: ignore[misc]
+            yield (_open_gzip(raw) if path.endswith(".gz") else _open_zstd(raw)), raw
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"the compressed file is damaged: {error}", where=path) from None
         except Exception as error:
@@ -108,6 +108,10 @@ def wrong_encoding(path: str, line: int, error: UnicodeDecodeError) -> UserError
                      todo=f"convert it, for example: iconv -f CP1252 -t UTF-8 {Path(path).name}")  # fmt: skip
 
 
+def _open_gzip(raw: IO[bytes]) -> IO[bytes]:
+    return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+
+
 def _open_zstd(raw: IO[bytes]) -> IO[bytes]:
     import zstandard  # only where a .zst file is read
 
@@ -122,8 +126,12 @@ def _read_csv(path: str, file: IO[bytes]) -> Iterator[Located]:
         line = rows.line_num + 1
         for row in rows:
             if row and len(row) != len(header):
-                raise UserError(f"the row has {len(row)} columns, the header has {len(header)}", where=f"{path}:{line}",
-                                allowed=", ".join(header), todo="quote fields that hold commas or newlines")  # fmt: skip
+                raise UserError(
+                    f"the row has {len(row)} columns, the header has {len(header)}",
+                    where=f"{path}:{line}",
+                    allowed=", ".join(header),
+                    todo="quote fields that hold commas or newlines",
+                )
             if row:
                 yield line, dict(zip(header, row, strict=True))
             line = rows.line_num + 1

@@ -1,7 +1,8 @@
 """Records: from a parsed object to a document's text or a chat's messages, with errors that name file and line.
 
-A chat is a list of `{"role", "content"}`: an optional `system` turn, then `user` and `assistant` in turn (`tool` turns may
-stand between two assistant turns), and it ends with the assistant. Prompt/completion, Alpaca and ShareGPT become that form.
+A chat is a list of `{"role", "content"}`: an optional `system` turn, then `user` and `assistant` in turn (`tool`
+turns may stand between two assistant turns), and it ends with the assistant. Prompt/completion, Alpaca and ShareGPT
+become that form.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def _parse_line(line: bytes, path: str, number: int) -> dict[str, Any]:
             line.decode("utf-8")
         except UnicodeDecodeError as wrong:
             raise wrong_encoding(path, number, wrong) from None
-        raise UserError(f"malformed JSON: {error}", where=f"{path}:{number}", allowed="one JSON object a line") from None
+        raise UserError(
+            f"malformed JSON: {error}", where=f"{path}:{number}", allowed="one JSON object a line"
+        ) from None
     if not isinstance(record, dict):
         raise UserError(f"the line holds {_kind(record)}", where=f"{path}:{number}", allowed="one JSON object a line")
     return record
@@ -131,9 +134,11 @@ def _check_roles(messages: list[Message], where: str) -> None:
     before = ""
     for number, role in enumerate(roles):
         if role not in NEXT_ROLES or not role:
-            raise UserError(f"turn {number} has the role {role!r}", where=where, allowed="system, user, assistant, tool")
+            raise UserError(
+                f"turn {number} has the role {role!r}", where=where, allowed="system, user, assistant, tool"
+            )
         if role not in NEXT_ROLES[before]:
-            raise UserError(f"roles out of order: turn {number} is {role!r} after {before or 'the start'!r}", where=where,
+            raise UserError(f"roles out of order: turn {number}, {role!r}, follows {before or 'the start'!r}", where=where,
                             allowed=" or ".join(NEXT_ROLES[before]))  # fmt: skip
         before = role
     if before != "assistant":

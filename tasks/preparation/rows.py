@@ -43,11 +43,14 @@ class Written:
     composition: np.ndarray  # (R, S) int32 tokens by row and source
 
 
-def write_rows(path: Path, ids: np.ndarray, layout: Layout, num_sources: int, on_progress: Callable[[int], None]) -> Written:
+def write_rows(
+    path: Path, ids: np.ndarray, layout: Layout, num_sources: int, on_progress: Callable[[int], None]
+) -> Written:
     """Write every row; `ids` are the spilled tokens (`~id` where not trained on)."""
     num_rows = int(layout.row[-1]) + 1
     first_piece = np.searchsorted(layout.row, np.arange(num_rows + 1))  # (R+1,)
-    row_ends = np.concatenate([[0], np.cumsum(layout.length, dtype=np.int64)])[first_piece]  # (R+1,) tokens before a row
+    tokens_before = np.concatenate([[0], np.cumsum(layout.length, dtype=np.int64)])  # (P+1,) of a piece
+    row_ends = tokens_before[first_piece]  # (R+1,)
     tokens, supervised = np.zeros(num_sources, np.int64), np.zeros(num_sources, np.int64)
     composition = np.zeros((num_rows, num_sources), dtype=np.int32)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:

@@ -10,7 +10,7 @@ from tasks.preparation.mix import Draws
 from tasks.preparation.rows import Written
 from tasks.preparation.sources import SourcePlan
 
-# 100 steps of the smallest batch that the promise covers, 8 rows. Larger batches make larger windows, which deviate less.
+# 100 steps of 8 rows, the smallest batch that the promise covers. Larger windows deviate less.
 WINDOW_ROWS = 800
 PLOTTED_WINDOWS = 100
 
@@ -26,7 +26,9 @@ def describe_mix(plans: list[SourcePlan], draws: list[Draws], written: Written) 
     names = [plan.name for plan in plans]
     asked = np.array([plan.share for plan in plans])
     windows = _largest_deviation(written.composition, asked, min(WINDOW_ROWS, written.num_rows))
-    first_rows = np.unique(np.linspace(0, written.num_rows, min(PLOTTED_WINDOWS, written.num_rows) + 1).astype(int))[:-1]
+    first_rows = np.unique(np.linspace(0, written.num_rows, min(PLOTTED_WINDOWS, written.num_rows) + 1).astype(int))[
+        :-1
+    ]
     sums = np.add.reduceat(written.composition, first_rows, axis=0, dtype=np.int64)
     shares = sums / np.maximum(1, sums.sum(axis=1, keepdims=True))
     return {

@@ -1,11 +1,11 @@
 """Sources: what the order names, read as blocks of raw records in one fixed order.
 
-Files are read here line by line and not through `datasets`, for two reasons: an error must name file and line, and the
-reading must stay far cheaper than the tokenizing (a block of JSON lines is cut at a newline and parsed by a pool process).
-Hub datasets stream through `datasets`. Nothing is read whole but a .txt or .md file, which is one document.
+Files are read here line by line and not through `datasets`, for two reasons: an error must name file and line, and
+the reading must stay far cheaper than the tokenizing (a block of JSON lines is cut at a newline and parsed by a pool
+process). Hub datasets stream through `datasets`. Nothing is read whole but a .txt or .md file, which is one document.
 
-Sources come in a fixed order, `mix` by name, then `replay` by name, so that of a duplicate across sources `mix` keeps its
-copy, and the order in which a YAML file happens to list them decides nothing.
+Sources come in a fixed order, `mix` by name, then `replay` by name, so that of a duplicate across sources `mix` keeps
+its copy, and the order in which a YAML file happens to list them decides nothing.
 """
 
 from __future__ import annotations
@@ -92,8 +92,11 @@ def check_files(plans: list[SourcePlan]) -> None:
             if not Path(path).is_file():
                 raise UserError(f"no such file: {path}", where=f"sources.{plan.name}.files")
             if (now := Path(path).stat().st_size) != size:
-                raise UserError(f"{path} holds {now:,} bytes; it held {size:,} when this run was planned",
-                                where=f"sources.{plan.name}.files", todo="run again: the plan is made anew")  # fmt: skip
+                raise UserError(
+                    f"{path} holds {now:,} bytes; it held {size:,} when this run was planned",
+                    where=f"sources.{plan.name}.files",
+                    todo="run again: the plan is made anew",
+                )
 
 
 def read_blocks(plans: list[SourcePlan]) -> Iterator[Block]:
@@ -140,9 +143,11 @@ def _read_hub(plan: SourcePlan) -> Iterator[tuple[Located, int]]:
         rows = load_dataset(hub["id"], hub.get("subset"), split=hub.get("split") or "train",
                             revision=hub.get("revision"), streaming=True)  # fmt: skip
     except Exception as error:
-        raise UserError(f"the hub dataset {_hub_name(hub)} cannot be opened: {error}",
-                        where=f"sources.{plan.name}.hf",
-                        todo="check id, subset, split, revision, and that the hub can be reached") from error  # fmt: skip
+        raise UserError(
+            f"the hub dataset {_hub_name(hub)} cannot be opened: {error}",
+            where=f"sources.{plan.name}.hf",
+            todo="check id, subset, split, revision, and that the hub can be reached",
+        ) from error
     for number, row in enumerate(rows, start=1):
         yield (number, {field: row[field] for field in plan.fields.values() if field in row}), 0
 

@@ -1,8 +1,8 @@
 """Spilling: token ids and an index of documents on disk, so that memory does not grow with the corpus.
 
-`tokens.bin` holds the ids of all clean documents end to end, int32, `~id` where a token is not trained on. `index.bin`
-holds one `DOCUMENT` for every record read. Both are memory-mapped afterwards; `forget` gives their pages back, since the
-kernel counts mapped pages into the process's memory.
+`tokens.bin` holds the ids of all clean documents end to end, int32, `~id` where a token is not trained on.
+`index.bin` holds one `DOCUMENT` for every record read. Both are memory-mapped afterwards; `forget` gives their pages
+back, since the kernel counts mapped pages into the process's memory.
 """
 
 from __future__ import annotations

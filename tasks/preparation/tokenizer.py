@@ -1,12 +1,13 @@
 """The run's tokenizer: a folder with everything decided, made once, then read by every process.
 
-1. `copy_tokenizer` puts the model's tokenizer into the output folder. A generic `tokenizer.json` is copied as it is, with
-   no import of transformers (torch comes with it: 3 to 9 s); any other class goes through `AutoTokenizer`, which may build
-   something else than the file says.
+1. `copy_tokenizer` puts the model's tokenizer into the output folder. A generic `tokenizer.json` is copied as it is,
+   with no import of transformers (torch comes with it: 3 to 9 s); any other class goes through `AutoTokenizer`, which
+   may build something else than the file says.
 2. `settle` chooses the chat template (the order's file, else the tokenizer's own), adds the special tokens that it uses
    and the vocabulary lacks, and checks EOS and vocabulary.
 
-Special tokens of a template: those listed in its first comment (`{#- special_tokens: <a> <b> -#}`), and every `<|name|>`.
+Special tokens of a template: those listed in its first comment (`{#- special_tokens: <a> <b> -#}`), and every
+`<|name|>`.
 """
 
 from __future__ import annotations
@@ -83,18 +84,26 @@ def settle(folder: Path, what: dict[str, Any], has_chats: bool) -> Settled:
             write_json(folder / "tokenizer_config.json", config)  # one place only
     if added:
         backend.save(str(folder / "tokenizer.json"))
-    eos_id = backend.token_to_id(eos)
+    eos_id = _id(backend, eos)
     prefix = tuple(token for token in backend.encode("").ids if token != eos_id)
     return Settled(str(folder), eos, eos_id, prefix, template, names, added)
+
+
+def load_backend(settled: Settled) -> Tokenizer:
+    """The settled tokenizer; a length limit or padding that its file may ask for is off."""
+    backend = Tokenizer.from_file(f"{settled.folder}/tokenizer.json")
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
 
 
 def end_of_turn(settled: Settled) -> dict[str, Any] | None:
     """The token that ends an assistant's turn; generation stops there. None for a stage without chats."""
     if settled.template is None:
         return None
-    from tasks.preparation.chat import ChatEncoder  # it imports transformers' template code, which only chats need
+    from tasks.preparation.chat import ChatEncoder
 
-    backend = Tokenizer.from_file(f"{settled.folder}/tokenizer.json")
+    backend = load_backend(settled)
     token = ChatEncoder(settled.template, settled.template_variables, backend, backend).end_of_turn
     return {"token": token, "id": backend.token_to_id(token)}
 
@@ -122,7 +131,7 @@ def _check_sizes(backend: Tokenizer, what: dict[str, Any]) -> None:
     size, rows = max(backend.get_vocab(with_added_tokens=True).values()) + 1, what["vocab_size"]
     padding = max(MIN_PADDING_ROWS, int(rows * MAX_PADDING_SHARE))
     if not size <= rows <= size + padding:
-        raise UserError(f"the tokenizer has {size:,} tokens, the model's vocabulary {rows:,}", where="config.json, vocab_size",
+        raise UserError(f"tokenizer and model differ: {size:,} tokens, {rows:,} embedding rows", where="config.json",
                         allowed=f"{size:,} to {size + padding:,} (models pad their embedding a little)",
                         todo="use the tokenizer that belongs to the model")  # fmt: skip
     if what.get("max_positions") and what["seq_len"] > what["max_positions"]:
@@ -142,8 +151,12 @@ def _template(folder: Path, config: dict[str, Any], given: dict[str, Any] | None
     if isinstance(own, list):  # several named templates
         own = next((entry["template"] for entry in own if entry["name"] == "default"), None)
     if not isinstance(own, str):
-        raise UserError("the stage has chats, and the tokenizer has no chat template", where="model.chat_template",
-                        allowed="a Jinja file", todo="set `model.chat_template: configs/chat_template.jinja`")  # fmt: skip
+        raise UserError(
+            "the stage has chats, and the tokenizer has no chat template",
+            where="model.chat_template",
+            allowed="a Jinja file",
+            todo="set `model.chat_template: configs/chat_template.jinja`",
+        )
     return own
 
 
@@ -153,7 +166,13 @@ def _add_tokens(backend: Tokenizer, template: str) -> tuple[tuple[str, int], ...
     used = (declared.group(1).split() if declared else []) + PIPE_TOKENS.findall(COMMENTS.sub("", template))
     new = [token for token in dict.fromkeys(used) if backend.token_to_id(token) is None]
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in new])
-    return tuple((token, backend.token_to_id(token)) for token in new)
+    return tuple((token, _id(backend, token)) for token in new)
+
+
+def _id(backend: Tokenizer, token: str) -> int:
+    number = backend.token_to_id(token)
+    assert number is not None, f"{token} was just found or added"
+    return number
 
 
 def _read_json(path: Path) -> dict[str, Any]:

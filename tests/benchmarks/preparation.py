@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.preparation [--megabytes 64] [--rounds 3] [--seq-len 4096] [--processes N]
 
-Bare means `tokenizers`' own `encode_batch` of the same texts, in memory, on all cores, and nothing else. Ours is the worker's
-command as a user runs it: interpreter start, reading, cleaning, duplicates, tokenizing, mixing, packing, rows, ledger, digests.
-Rounds alternate between the two, since other programs may use the machine; the best of each counts, and CPU time is shown
-beside it. Text and tokenizer are made by a seed, so everybody measures the same.
+Bare means `tokenizers`' own `encode_batch` of the same texts, in memory, on all cores, and nothing else. Ours is the
+worker's command as a user runs it: interpreter start, reading, cleaning, duplicates, tokenizing, mixing, packing,
+rows, ledger, digests. Rounds alternate between the two, since other programs may use the machine; the best of each
+counts, and CPU time is shown beside it. Text and tokenizer are made by a seed, so everybody measures the same.
 """
 
 from __future__ import annotations
@@ -93,9 +93,72 @@ def write_corpus(path: Path, megabytes: int, seed: int = 0) -> Path:
 
 
 def _words(rng: np.random.Generator) -> Iterator[str]:
-    onsets = "b br c ch cl d dr f fl g gr h j k l m n p pl pr qu r s sc sh sp st str t th tr v w z".split()
-    vowels = "a ai e ea ee i ie o oa oo ou u é ü".split()
-    codas = ["", *"b ck d ft g l ll lt m mp n nd ng nt p r rd rk rm s ss st t x".split()]
+    onsets = [
+        "b",
+        "br",
+        "c",
+        "ch",
+        "cl",
+        "d",
+        "dr",
+        "f",
+        "fl",
+        "g",
+        "gr",
+        "h",
+        "j",
+        "k",
+        "l",
+        "m",
+        "n",
+        "p",
+        "pl",
+        "pr",
+        "qu",
+        "r",
+        "s",
+        "sc",
+        "sh",
+        "sp",
+        "st",
+        "str",
+        "t",
+        "th",
+        "tr",
+        "v",
+        "w",
+        "z",
+    ]
+    vowels = ["a", "ai", "e", "ea", "ee", "i", "ie", "o", "oa", "oo", "ou", "u", "é", "ü"]
+    codas = [
+        "",
+        *[
+            "b",
+            "ck",
+            "d",
+            "ft",
+            "g",
+            "l",
+            "ll",
+            "lt",
+            "m",
+            "mp",
+            "n",
+            "nd",
+            "ng",
+            "nt",
+            "p",
+            "r",
+            "rd",
+            "rk",
+            "rm",
+            "s",
+            "ss",
+            "st",
+            "t",
+            "x",
+        ],
+    ]
     for number in range(NUM_WORDS):
         num_syllables = 1 + min(4, int(rng.poisson(0.6 + number / NUM_WORDS)))
         word = "".join(rng.choice(onsets) + rng.choice(vowels) + rng.choice(codas) for _ in range(num_syllables))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -16,7 +15,27 @@ from tasks.preparation.__main__ import main
 from tasks.stage import ERROR, Order, write_order
 
 EOS = "<|endoftext|>"
-WORDS = "the bank holds ratio limit capital report risk of and in a loan value level for asset open breach".split()
+WORDS = [
+    "the",
+    "bank",
+    "holds",
+    "ratio",
+    "limit",
+    "capital",
+    "report",
+    "risk",
+    "of",
+    "and",
+    "in",
+    "a",
+    "loan",
+    "value",
+    "level",
+    "for",
+    "asset",
+    "open",
+    "breach",
+]
 
 
 def make_tokenizer(folder: Path, vocab_size: int = 400, eos: str | None = EOS) -> int:
@@ -90,7 +109,12 @@ def stage(model: Path, tmp_path: Path) -> Stage:
     """Write an order and run the worker in this process; returns its directory. The exit code must be as expected."""
 
     def run(
-        sources: dict[str, Any], processes: int = 1, exit_code: int = 0, model: Path = model, runs: str = "runs", **what: Any
+        sources: dict[str, Any],
+        processes: int = 1,
+        exit_code: int = 0,
+        model: Path = model,
+        runs: str = "runs",
+        **what: Any,
     ) -> Path:
         defaults = {
             "stage": "cpt", "tokenizer": {}, "chat_template": {"path": "configs/chat_template.jinja", "sha256": ""},
