@@ -7,13 +7,15 @@ HARDWARE ?=
 VENV     := .venv
 RUN      := $(VENV)/bin/python
 STAMP    := $(VENV)/.installed
+OPERATIONS := $(VENV)/.operations
 PIPELINE := $(RUN) -m flows.pipeline --config $(CONFIG) $(if $(HARDWARE),--hardware $(HARDWARE))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline plan prepare cpt sft evaluate report test test-slow check benchmark figures base clean
+.PHONY: help setup pipeline plan prepare cpt sft evaluate report serve deploy audit test test-slow
+.PHONY: test-operations check benchmark benchmark-orchestrator figures base clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 pipeline: $(STAMP) ## prepare, CPT, SFT, evaluate, report; what stands is reused
 	@$(PIPELINE)
@@ -24,17 +26,32 @@ plan: $(STAMP) ## print what `make pipeline` would run, and why
 prepare cpt sft evaluate report: $(STAMP) ## run one stage, from what stands before it
 	@$(PIPELINE) --only $@
 
+serve: $(STAMP) ## scheduled runs on this machine: server, deployments, workers (PORT=4200 HOST=127.0.0.1)
+	@exec $(RUN) -m flows.serve $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(if $(DATABASE),--database $(DATABASE))
+
+deploy: $(STAMP) ## register the deployments with the server at PREFECT_API_URL
+	@$(RUN) -m flows.deploy
+
+audit: $(OPERATIONS) ## known weaknesses of the pinned dependencies, where pip-audit can ask for them
+	@$(RUN) -m pip_audit --requirement constraints.txt --disable-pip --no-deps
+
 test: $(STAMP) ## every test but the slow ones
-	@$(RUN) -m pytest -m "not slow and not gpu"
+	@$(RUN) -m pytest -m "not slow and not gpu and not operations"
 
 test-slow: $(STAMP) ## the slow ones
-	@$(RUN) -m pytest -m "slow and not gpu"
+	@$(RUN) -m pytest -m "slow and not gpu and not operations"
+
+test-operations: $(OPERATIONS) ## a real server, worker, schedule and browser; screenshots in .screenshots/
+	@$(RUN) -m pytest -m "operations" tests/operations
 
 check: $(STAMP) ## lint, format, types, spelling
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy && $(RUN) -m codespell_lib
 
 benchmark: $(STAMP) ## speed and memory of the preparation against the bare tokenizer
 	@$(RUN) -m tests.benchmarks.preparation
+
+benchmark-orchestrator: $(STAMP) ## what Prefect costs a pipeline and a stage, against workers run by hand
+	@$(RUN) -m tests.benchmarks.orchestrator
 
 figures: $(STAMP) ## the README's figures of the embedded example: 3 seeds, replay shares, SFT only
 	@$(RUN) -m data.regulator.figures
@@ -50,6 +67,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@$(RUN) -c 'import flows' && PREFECT_HOME=$(CURDIR)/.prefect $(RUN) -m prefect server database upgrade -y >/dev/null
+	@touch $@
+
+$(OPERATIONS): $(STAMP)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,operations]'
 	@touch $@
 
 clean: ## remove .venv and caches; runs/ stays

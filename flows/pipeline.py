@@ -14,12 +14,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prefect import flow
+from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 
 from flows.console import calm
+from flows.parameters import DEFAULT_CONFIG, Config, HardwareOrDefault, Stage
+from flows.routing import hand_over
 from tasks.config import load_config, load_hardware
 from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from tasks.evaluate import evaluate
@@ -30,8 +33,7 @@ from tasks.report import report
 from tasks.reporting import result_table_text
 from tasks.train import train
 
-Stage = Literal["prepare", "cpt", "sft", "evaluate", "report"]
-DEFAULT_CONFIG = "configs/regulator.yaml"
+calm()  # here, so that a run that a worker starts is calm too
 
 
 def run_name() -> str:
@@ -42,13 +44,24 @@ def run_name() -> str:
 
 @flow(name="pipeline", flow_run_name=run_name)
 def pipeline(
-    config: str = DEFAULT_CONFIG,
-    hardware: str | None = None,
+    config: Config = DEFAULT_CONFIG,
+    hardware: HardwareOrDefault = None,
     only: Stage | None = None,
     until: Stage | None = None,
     force: Stage | None = None,
-) -> None:
-    """Data, CPT, SFT, evaluation, report: every stage reuses what stands and computes what does not."""
+) -> State[None] | None:
+    """Data, CPT, SFT, evaluation, report: every stage reuses what stands and computes what does not.
+
+    Args:
+        config: A run's file below the project's root, as configs/regulator.yaml.
+        hardware: A tag of configs/hardware.yaml; empty: the one that the config names.
+        only: Run this stage alone, from what stands before it.
+        until: Run everything up to this stage.
+        force: Run this stage again though it stands; the old one is set aside.
+    """
+    said = {"config": config, "only": only, "until": until, "force": force}
+    if elsewhere := hand_over(hardware or load_config(config).hardware, said):
+        return elsewhere
     plan = load_plan(config, hardware)
     wanted = select(plan, only, until)
 
@@ -65,6 +78,7 @@ def pipeline(
         results = evaluate(evaluations, *models, force=force == "evaluate")
     if "report" in wanted:
         report(plan["report"], *rows.values(), *models, results, force=force == "report")
+    return None
 
 
 def load_plan(config: str, hardware: str | None) -> dict[str, Planned]:
@@ -77,7 +91,6 @@ def load_plan(config: str, hardware: str | None) -> dict[str, Planned]:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = _parse(argv)
-    calm()
     try:
         plan = load_plan(options.config, options.hardware)  # a bad config is told before any server starts
         if options.plan:

@@ -6,35 +6,39 @@ Each computes its own stage only and reads what stands before it; `flows.pipelin
 from __future__ import annotations
 
 from prefect import flow
+from prefect.client.schemas.objects import State
 
-from flows.pipeline import DEFAULT_CONFIG, pipeline, run_name
+from flows.parameters import DEFAULT_CONFIG, Config, HardwareOrDefault
+from flows.pipeline import pipeline, run_name
+
+Moved = State[None] | None  # of a run that went on in another work pool
 
 
 @flow(name="prepare", flow_run_name=run_name)
-def prepare(config: str = DEFAULT_CONFIG, hardware: str | None = None, again: bool = False) -> None:
+def prepare(config: Config = DEFAULT_CONFIG, hardware: HardwareOrDefault = None, again: bool = False) -> Moved:
     """Clean, tokenize, mix and pack the data of CPT and SFT."""
-    pipeline.fn(config, hardware, only="prepare", force="prepare" if again else None)
+    return pipeline.fn(config, hardware, only="prepare", force="prepare" if again else None)
 
 
 @flow(name="cpt", flow_run_name=run_name)
-def cpt(config: str = DEFAULT_CONFIG, hardware: str | None = None, again: bool = False) -> None:
+def cpt(config: Config = DEFAULT_CONFIG, hardware: HardwareOrDefault = None, again: bool = False) -> Moved:
     """Continue the base model's pretraining on domain documents and replay."""
-    pipeline.fn(config, hardware, only="cpt", force="cpt" if again else None)
+    return pipeline.fn(config, hardware, only="cpt", force="cpt" if again else None)
 
 
 @flow(name="sft", flow_run_name=run_name)
-def sft(config: str = DEFAULT_CONFIG, hardware: str | None = None, again: bool = False) -> None:
+def sft(config: Config = DEFAULT_CONFIG, hardware: HardwareOrDefault = None, again: bool = False) -> Moved:
     """Tune the CPT model on chats and replay."""
-    pipeline.fn(config, hardware, only="sft", force="sft" if again else None)
+    return pipeline.fn(config, hardware, only="sft", force="sft" if again else None)
 
 
 @flow(name="evaluate", flow_run_name=run_name)
-def evaluate(config: str = DEFAULT_CONFIG, hardware: str | None = None, again: bool = False) -> None:
+def evaluate(config: Config = DEFAULT_CONFIG, hardware: HardwareOrDefault = None, again: bool = False) -> Moved:
     """Evaluate base, CPT and SFT model on the same tasks."""
-    pipeline.fn(config, hardware, only="evaluate", force="evaluate" if again else None)
+    return pipeline.fn(config, hardware, only="evaluate", force="evaluate" if again else None)
 
 
 @flow(name="report", flow_run_name=run_name)
-def report(config: str = DEFAULT_CONFIG, hardware: str | None = None, again: bool = False) -> None:
+def report(config: Config = DEFAULT_CONFIG, hardware: HardwareOrDefault = None, again: bool = False) -> Moved:
     """Write the table and the page of a run whose stages stand."""
-    pipeline.fn(config, hardware, only="report", force="report" if again else None)
+    return pipeline.fn(config, hardware, only="report", force="report" if again else None)

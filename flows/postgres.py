@@ -1,0 +1,102 @@
+"""A PostgreSQL server of the project's own, for `make serve`: under .prefect/postgres, on a unix socket only.
+
+PostgreSQL refuses to run as root. Then it runs as the user that its package made, and where that user cannot reach the
+project (one below /root, say) the cluster lies in that user's home instead. No TCP port, no password: the socket's
+folder is open to its owner alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tasks.errors import UserError
+
+PACKAGE_USERS = ("postgres", "nobody")  # who runs it when we are root
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the data and the socket lie, who runs it, and which binaries do."""
+
+    data: Path
+    socket: Path
+    binaries: Path
+    user: str | None  # None: ourselves
+
+    @property
+    def url(self) -> str:
+        """What Prefect connects to."""
+        return f"postgresql+asyncpg://steep@/postgres?host={self.socket}"
+
+    def command(self) -> list[str]:
+        """Run the server in the foreground."""
+        server = [str(self.binaries / "postgres"), "-D", str(self.data), "-k", str(self.socket),
+                  "-c", "listen_addresses=", "-c", "unix_socket_permissions=0700"]  # fmt: skip
+        return as_user(self.user, server)
+
+    def ready(self) -> bool:
+        """Whether it answers."""
+        asked = [str(self.binaries / "pg_isready"), "-q", "-h", str(self.socket), "-U", "steep", "-d", "postgres"]
+        return subprocess.run(as_user(self.user, asked), check=False, capture_output=True).returncode == 0
+
+
+def find_binaries() -> Path | None:
+    """The folder with initdb and postgres: on the path, or the newest of Debian's."""
+    folders = [Path(found).resolve().parent for found in [shutil.which("initdb")] if found]
+    folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: p.parent.name.zfill(4), reverse=True)
+    return next((folder for folder in folders if (folder / "postgres").exists()), None)
+
+
+def prepare_cluster(home: Path, binaries: Path) -> Cluster:
+    """The project's cluster, initialised the first time."""
+    user = _package_user() if os.geteuid() == 0 else None
+    data = _data_folder(home, user)
+    socket = Path(tempfile.mkdtemp(prefix="steep-postgres-"))  # short: a socket's path may hold 107 bytes
+    atexit.register(shutil.rmtree, socket, ignore_errors=True)
+    if user:
+        shutil.chown(socket, user)
+    cluster = Cluster(data, socket, binaries, user)
+    if not (data / "PG_VERSION").exists():
+        _initialise(cluster)
+    return cluster
+
+
+def as_user(user: str | None, command: list[str]) -> list[str]:
+    """The command, run by that user."""
+    return command if user is None else ["setpriv", "--reuid", user, "--regid", user, "--init-groups", *command]
+
+
+def _package_user() -> str:
+    known = {entry.pw_name for entry in pwd.getpwall()}
+    return next(user for user in PACKAGE_USERS if user in known)
+
+
+def _data_folder(home: Path, user: str | None) -> Path:
+    data = home / "postgres"
+    if user:
+        data.mkdir(parents=True, exist_ok=True)
+        shutil.chown(data, user)
+        if subprocess.run(as_user(user, ["test", "-w", str(data)]), check=False).returncode:
+            data.rmdir()
+            name = hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:10]
+            data = Path(pwd.getpwnam(user).pw_dir) / f"steep-{name}"
+    return data
+
+
+def _initialise(cluster: Cluster) -> None:
+    made = [str(cluster.binaries / "initdb"), "-D", str(cluster.data), "-U", "steep", "-E", "UTF8",
+            "--locale=C", "--auth=trust"]  # fmt: skip
+    cluster.data.parent.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(as_user(cluster.user, made), capture_output=True, text=True, check=False, cwd="/")
+    if done.returncode:
+        said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
+        raise UserError(f"PostgreSQL could not make its cluster in {cluster.data}:\n{said}",
+                        todo="mend that, or run on SQLite for a look: make serve DATABASE=sqlite")  # fmt: skip

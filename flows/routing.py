@@ -1,0 +1,49 @@
+"""A run goes to the work pool of its hardware tag.
+
+A deployment belongs to one pool, but its form lets one choose any tag. A run that lands in the wrong pool hands itself
+over to the deployment `pipeline/POOL` and ends at once, so a GPU's pool and its limit of one run see every GPU run.
+Runs without a deployment (`make pipeline`) happen where they were started.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
+from prefect.context import FlowRunContext
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Completed
+
+from tasks.config import load_hardware
+from tasks.errors import UserError
+
+HANDED_OVER = "handed-over"  # tag of a run that was sent to its pool once
+
+
+def hand_over(tag: str, parameters: dict[str, Any]) -> State[None] | None:
+    """Start the run in the pool of `tag`, when it is not there already; the state that says where it went."""
+    context = FlowRunContext.get()
+    here = context.flow_run.work_pool_name if context and context.flow_run else None
+    pool = load_hardware(tag).work_pool
+    if here is None or here == pool or context is None or context.flow_run is None:
+        return None
+    if HANDED_OVER in context.flow_run.tags:  # or two wrong deployments would send it to and fro for ever
+        raise UserError(
+            f"the tag '{tag}' belongs to the work pool {pool}, and the deployment pipeline/{pool} runs in {here}",
+            where="prefect.yaml",
+            todo="give every deployment pipeline/POOL the work pool POOL, and run `make deploy`",
+        )
+    try:
+        with get_client(sync_client=True) as client:
+            target = client.read_deployment_by_name(f"pipeline/{pool}")
+            run = client.create_flow_run_from_deployment(
+                target.id, parameters=parameters | {"hardware": tag}, tags=[HANDED_OVER]
+            )
+    except ObjectNotFound:
+        raise UserError(
+            f"the tag '{tag}' belongs to the work pool {pool}, for which there is no deployment pipeline/{pool}",
+            where="prefect.yaml",
+            todo="add it there and run `make deploy`",
+        ) from None
+    return Completed(name="HandedOver", message=f"'{tag}' runs in the pool {pool}: flow run {run.name}")

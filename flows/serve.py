@@ -1,0 +1,183 @@
+"""Everything for scheduled runs on this machine: database, server, pools, deployments, heartbeat automation, workers.
+
+    python -m flows.serve                       on loopback, port 4200      (make serve)
+    python -m flows.serve --database sqlite     without PostgreSQL: for a look only
+
+PostgreSQL is used where it is installed: SQLite under workers was seen to lock and to lose a cancellation. Ctrl-C, or
+SIGTERM, stops all of it in order; a run in progress saves a checkpoint first. What dies is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import FrameType
+
+from flows import postgres
+from flows.pools import POOL_LIMITS, pools, pools_of_this_machine
+from flows.services import POLL_SECONDS, Service, revive, stop_all
+from tasks.errors import EXIT_USER_ERROR, UserError
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+# The first start migrates an empty database: 40 s on two busy cores.
+SECONDS_TO_START = 180.0
+PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Start everything, keep it alive, stop it in order; returns the exit code."""
+    options = _parse(argv)
+    for number in STOP_SIGNALS:  # SIGINT too: a shell starts background commands with it ignored
+        signal.signal(number, _interrupt)
+    services: list[Service] = []
+    try:
+        _start(options, services)
+        while True:
+            revive(services, _say)
+            time.sleep(POLL_SECONDS)
+    except UserError as error:
+        print(f"\n{error}\n", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        _say("stopping; a run in progress saves a checkpoint first (at most half a minute)")
+        return 0
+    finally:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # once is enough
+        stop_all(services, _say)
+
+
+def _start(options: argparse.Namespace, services: list[Service]) -> None:
+    _check_address(options.host, options.port)
+    home = Path(os.environ["PREFECT_HOME"])
+    logs = home / "logs"
+    database = _start_database(options.database, home, services)
+    url = f"http://{options.host}:{options.port}"
+    _start_server(options, url, logs, services)
+    files_url = _start_files(options, logs, services)
+
+    os.environ |= {"PREFECT_API_URL": f"{url}/api", "STEEP_FILES_URL": files_url}
+    # On loopback every worker is ours, and none runs yet: what is Running cannot be.
+    deploy = [sys.executable, "-m", "flows.deploy", *(["--mark-lost"] if options.host in LOOPBACK else [])]
+    if subprocess.run(deploy, check=False).returncode:  # it has said why
+        raise UserError("the deployments could not be registered", where="prefect.yaml")
+    started = options.pools or pools_of_this_machine()
+    for pool in started:
+        services.append(_worker(pool, logs))
+        services[-1].start()
+    _say(_page(url, files_url, database, started, logs))
+
+
+def _start_database(wanted: str | None, home: Path, services: list[Service]) -> str:
+    """Start PostgreSQL and name it to Prefect; a text for the page."""
+    if "PREFECT_API_DATABASE_CONNECTION_URL" in os.environ:
+        return "as PREFECT_API_DATABASE_CONNECTION_URL says"
+    binaries = postgres.find_binaries()
+    if wanted == "sqlite" or (wanted is None and binaries is None):
+        install = "" if binaries else "; install PostgreSQL (Debian: apt-get install postgresql) for more"
+        return f"SQLite in {home}, for a look only: it locks under workers{install}"
+    if binaries is None:
+        raise UserError("PostgreSQL is not installed here: neither initdb on the path nor /usr/lib/postgresql",
+                        todo="apt-get install postgresql, or: make serve DATABASE=sqlite")  # fmt: skip
+    cluster = postgres.prepare_cluster(home, binaries)
+    service = Service("PostgreSQL", cluster.command(), home / "logs" / "postgres.log")
+    services.append(service)
+    service.start()
+    service.wait_until(cluster.ready, SECONDS_TO_START)
+    os.environ["PREFECT_API_DATABASE_CONNECTION_URL"] = cluster.url
+    return f"PostgreSQL in {cluster.data}"
+
+
+def _start_server(options: argparse.Namespace, url: str, logs: Path, services: list[Service]) -> None:
+    command = [*PREFECT, "server", "start", "--host", options.host, "--port", str(options.port)]
+    environment = {"PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false", "PREFECT_SERVER_LOGGING_LEVEL": "WARNING"}
+    server = Service("the server", command, logs / "server.log", environment)
+    services.append(server)
+    _say("starting the server; the first time it makes its tables, which takes up to a minute")
+    server.start()
+    server.wait_until(lambda: _answers(f"{url}/api/health"), SECONDS_TO_START)
+
+
+def _start_files(options: argparse.Namespace, logs: Path, services: list[Service]) -> str:
+    """Reports and models of `runs/` for the links in Prefect's UI, which cannot open files."""
+    command = [sys.executable, "-m", "flows.files", "--host", options.host, "--port", str(options.port + 1)]
+    services.append(Service("the file server", command, logs / "files.log"))
+    services[-1].start()
+    return f"http://{options.host}:{options.port + 1}"
+
+
+def _worker(pool: str, logs: Path) -> Service:
+    name = f"{socket.gethostname()}-{pool}"
+    command = [*PREFECT, "worker", "start", "--pool", pool, "--type", "process", "--name", name]
+    environment = {"PREFECT_WORKER_QUERY_SECONDS": "2", "PREFECT_LOGGING_LEVEL": "INFO"}
+    return Service(f"the worker of {pool}", command, logs / f"worker-{pool}.log", environment)
+
+
+def _check_address(host: str, port: int) -> None:
+    if host not in LOOPBACK and "PREFECT_SERVER_API_AUTH_STRING" not in os.environ:
+        _say(f"{host} is open to the network: whoever reaches it can start runs. "
+             "Set PREFECT_SERVER_API_AUTH_STRING=user:password, and put TLS before it")  # fmt: skip
+    os.environ.setdefault("PREFECT_API_AUTH_STRING", os.environ.get("PREFECT_SERVER_API_AUTH_STRING", ""))
+    if not os.environ["PREFECT_API_AUTH_STRING"]:
+        del os.environ["PREFECT_API_AUTH_STRING"]
+    for number in (port, port + 1):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, number))
+            except OSError as error:
+                raise UserError(f"{host}:{number} cannot be used: {error.strerror}",
+                                todo="stop the other `make serve`, or: make serve PORT=4300") from None  # fmt: skip
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _page(url: str, files_url: str, database: str, started: list[str], logs: Path) -> str:
+    idle = [pool for pool in pools() if pool not in started]
+    lines = [
+        f"steep serves on {url}",
+        f"  database     {database}",
+        f"  workers      {', '.join(f'{p} (at most {POOL_LIMITS.get(p, 1)} at a time)' for p in started)}"
+        + (f"; none here for {', '.join(idle)}" if idle else ""),
+        f"  start a run  {url}/deployments, or: PREFECT_API_URL={url}/api prefect deployment run pipeline/cpu",
+        f"  reports      {files_url}",
+        f"  logs         {logs}",
+        "Ctrl-C ends all of it.",
+    ]
+    return "\n".join(lines)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="flows.serve", description="serve scheduled runs on this machine")
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind to (default: loopback)")
+    parser.add_argument("--port", type=int, default=4200, help="the server's; the file server takes the next one")
+    parser.add_argument("--database", choices=("postgres", "sqlite"), help="default: PostgreSQL where it is installed")
+    parser.add_argument("--pools", nargs="*", help="work pools to start a worker for (default: what fits this machine)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

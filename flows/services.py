@@ -1,0 +1,92 @@
+"""Long-lived child processes of `make serve`: each under the guard, logging to its file, started again when it dies."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tasks.errors import UserError
+
+# A worker told to stop tells its run, which gives the trainer 20 s to save (tasks/launch.py); then the run reports.
+GRACE_SECONDS = 27.0
+POLL_SECONDS = 0.3
+LONGEST_PAUSE_SECONDS = 60.0
+TAIL_LINES = 12
+
+
+@dataclass
+class Service:
+    """One process: what it runs, and how it fares."""
+
+    name: str
+    command: list[str]
+    log: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    process: subprocess.Popen[bytes] | None = None
+    failures: int = 0
+    again_at: float = 0.0  # time.monotonic() from which it may be started again
+
+    def start(self) -> None:
+        """Start it in a session of its own: Ctrl-C reaches us alone, and we stop everything in order."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        guard = [sys.executable, "-m", "tasks.guard", "--grace", str(GRACE_SECONDS), "--"]
+        with self.log.open("ab") as sink:
+            self.process = subprocess.Popen(
+                [*guard, *self.command],
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ | self.environment,
+            )
+
+    @property
+    def runs(self) -> bool:
+        """Whether it lives."""
+        return self.process is not None and self.process.poll() is None
+
+    def wait_until(self, ready: Callable[[], bool], seconds: float) -> None:
+        """Wait for it to answer. Raises `UserError` with the end of its log when it dies or takes too long."""
+        deadline = time.monotonic() + seconds
+        while not ready():
+            if not self.runs or time.monotonic() > deadline:
+                ended = "did not start" if not self.runs else f"did not answer within {seconds:.0f} s"
+                raise UserError(f"{self.name} {ended}; the end of its log:\n{self.tail()}", where=str(self.log))
+            time.sleep(POLL_SECONDS)
+
+    def tail(self) -> str:
+        """The last lines of its log."""
+        lines = self.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+        return "\n".join(f"  | {line}" for line in lines)
+
+    def stop(self) -> None:
+        """SIGTERM to its guard, which ends everything below it, and wait."""
+        if self.process is not None and self.runs:
+            self.process.terminate()
+            self.process.wait()
+
+
+def revive(services: list[Service], say: Callable[[str], None]) -> None:
+    """Start again what has died, after a pause that doubles each time."""
+    for service in services:
+        if service.runs or time.monotonic() < service.again_at:
+            continue
+        pause = min(LONGEST_PAUSE_SECONDS, 2.0**service.failures)
+        service.failures += 1
+        service.again_at = time.monotonic() + pause
+        code = service.process.returncode if service.process else None
+        say(f"{service.name} ended (exit code {code}) and is started again; its log: {service.log}")
+        service.start()
+
+
+def stop_all(services: list[Service], say: Callable[[str], None]) -> None:
+    """Stop in reverse order: workers while the server still takes their reports, the database last."""
+    for service in reversed(services):
+        if service.runs:
+            say(f"stopping {service.name}")
+            service.stop()
