@@ -17,6 +17,7 @@ from pathlib import Path
 from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from tasks.progress import say
 from tasks.stage import ERROR, finish, is_done, read_order, stage_lock, write_text
+from tasks.training import checkpoint
 from tasks.training.preemption import Preempted, listen
 
 PREEMPTED = "preempted.txt"
@@ -41,6 +42,7 @@ def main(directory: Path) -> int:
         if IS_MAIN:
             write_text(directory / ERROR, error.render() + "\n")
             print(error.render(), flush=True)
+            checkpoint.clear_unfinished(directory)
         return EXIT_USER_ERROR
     except Preempted:
         if IS_MAIN:

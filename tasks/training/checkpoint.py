@@ -9,6 +9,7 @@ file of another size or digest) is skipped, and said so.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -29,8 +30,10 @@ def writing_folder(directory: Path) -> Path:
 
 
 def clear_unfinished(directory: Path) -> None:
-    """Remove what a killed save left."""
+    """Remove what a killed save left, and the folder where it holds nothing else."""
     shutil.rmtree(writing_folder(directory), ignore_errors=True)
+    with contextlib.suppress(OSError):  # not there, or not empty
+        (directory / FOLDER).rmdir()
 
 
 def publish(directory: Path, step: int, keep_last: int) -> Path:

@@ -16,10 +16,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tasks.stage import Order, finish, write_order
+from tasks.stage import Order, finish, read_order, write_order
 
 VOCAB_SIZE, SEQ_LEN = 128, 64
 WHAT = {
@@ -116,15 +117,21 @@ def write_rows(path: Path, rows: list[dict[str, list[int]]]) -> Path:
 
 
 def make_prepared(
-    path: Path, rows: list[dict[str, list[int]]], tokenizer: Any = None, added_tokens: list[str] | None = None
+    path: Path,
+    rows: list[dict[str, list[int]]],
+    tokenizer: Any = None,
+    added_tokens: list[str] | None = None,
+    end_of_turn: str | None = None,
 ) -> Path:
     """What the preparation worker leaves behind, as far as training reads it."""
     order = Order("prepare_cpt", "prepare", "test", {}, {}, {})
     (path / "tokenizer").mkdir(parents=True)
     (path / "order.json").write_text(json.dumps(order.__dict__))
     write_rows(path / "rows.arrow", rows)
-    (tokenizer or make_tokenizer()).save_pretrained(path / "tokenizer")
-    counts = {"rows": len(rows), "sources": ["docs", "chats"], "added_tokens": added_tokens or []}
+    tokenizer = tokenizer or make_tokenizer()
+    tokenizer.save_pretrained(path / "tokenizer")
+    turn = {"token": end_of_turn, "id": tokenizer.convert_tokens_to_ids(end_of_turn)} if end_of_turn else None
+    counts = {"rows": len(rows), "sources": ["docs", "chats"], "added_tokens": added_tokens or [], "end_of_turn": turn}
     finish(path, ["rows.arrow", "tokenizer"], counts, 0.0)
     return path
 
@@ -182,3 +189,30 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """42 packed rows of two sources: 11 steps of 4 rows, the last one of 2."""
     rows = pack(make_documents(120))[:42]
     return make_prepared(tmp_path_factory.mktemp("prepared") / "prepare_cpt-test", rows)
+
+
+def train_here(directory: Path) -> dict[str, Any]:
+    """Train a stage in this process; the counts of its artifact, which is not written."""
+    from tasks.training import fsdp
+    from tasks.training.run import train
+
+    order = read_order(directory)
+    threads = torch.get_num_threads()
+    try:
+        fsdp.start_process(order.how)
+        return train(directory, order, fsdp)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    """The exported tensors of a stage."""
+    return load_file(directory / "model" / "model.safetensors")
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Between the exported weights of two stages."""
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)

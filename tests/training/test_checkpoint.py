@@ -1,0 +1,61 @@
+"""Checkpoints: published whole, rotated, and skipped when damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tasks.training import checkpoint
+
+
+def write(directory: Path, step: int, keep_last: int = 2) -> Path:
+    folder = checkpoint.writing_folder(directory) / f"checkpoint-{step}"
+    (folder / "shards").mkdir(parents=True)
+    (folder / "shards" / "rank0").write_bytes(bytes(range(256)) * 8)
+    (folder / "state.json").write_text(str(step))
+    return checkpoint.publish(directory, step, keep_last)
+
+
+def test_only_the_last_ones_are_kept_and_nothing_is_left_aside(tmp_path: Path) -> None:
+    for step in (9, 10, 100):
+        write(tmp_path, step)
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [100, 10]
+    assert not checkpoint.writing_folder(tmp_path).exists()
+    assert checkpoint.newest_whole(tmp_path) == checkpoint.list_checkpoints(tmp_path)[0]
+
+
+@pytest.mark.parametrize("harm", ["truncated", "changed", "missing", "no digests"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: str
+) -> None:
+    older, newest = write(tmp_path, 10), write(tmp_path, 20)
+    shard = newest / "shards" / "rank0"
+    if harm == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif harm == "changed":
+        shard.write_bytes(b"\xff" + shard.read_bytes()[1:])
+    elif harm == "missing":
+        shard.unlink()
+    else:
+        (newest / checkpoint.DIGESTS).unlink()
+    assert checkpoint.newest_whole(tmp_path) == older
+    said = capsys.readouterr().out
+    assert "step 20 is damaged" in said and "falling back" in said
+
+
+def test_a_save_that_was_cut_off_is_no_checkpoint(tmp_path: Path) -> None:
+    unfinished = checkpoint.writing_folder(tmp_path) / "checkpoint-30"
+    unfinished.mkdir(parents=True)
+    (unfinished / "model.safetensors").write_bytes(b"half")
+    assert checkpoint.newest_whole(tmp_path) is None
+    checkpoint.clear_unfinished(tmp_path)
+    assert not checkpoint.writing_folder(tmp_path).exists()
+
+
+def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
+    newest = write(tmp_path, 20)
+    (newest / "state.json").unlink()
+    assert checkpoint.newest_whole(tmp_path) is None
+    assert write(tmp_path, 20) == newest
+    assert checkpoint.newest_whole(tmp_path) == newest
