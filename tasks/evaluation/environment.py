@@ -9,7 +9,8 @@ from pathlib import Path
 from tasks.stage import Order
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-QUIET = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+# A bar has no line of its own: whatever is said beside it would be glued to it in the log.
+QUIET = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 
 
 def set_environment(order: Order, cache: str) -> None:
@@ -19,7 +20,7 @@ def set_environment(order: Order, cache: str) -> None:
     of lm-eval itself may need data of the hub: then the launcher decides, and the user's cache is kept.
     """
     os.environ.update(QUIET)
-    if set(task_names(order)) <= own_names(include_path(order)):
+    if set(task_names(order)) <= names_in(include_path(order)):
         os.environ.update(OFFLINE | {"HF_DATASETS_CACHE": cache})
 
 
@@ -33,7 +34,7 @@ def include_path(order: Order) -> Path:
     return Path(order.inputs["include_path"])
 
 
-def own_names(folder: Path) -> set[str]:
-    """Names that the folder's files define, read as text: neither lm-eval nor its data is imported yet."""
+def names_in(folder: Path) -> set[str]:
+    """Names of tasks and groups that a folder's files define, read as text: lm-eval need not be imported for it."""
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in folder.rglob("*.yaml")]
     return {name for text in texts for name in re.findall(r"^(?:task|group): *['\"]?([^\s'\"#]+)", text, re.MULTILINE)}

@@ -72,14 +72,14 @@ class WatchedLM(HFLM):  # type: ignore[misc]
         """Scores of continuations after their contexts."""
         longest = max(self._count("".join(request.args)) for request in requests)
         with self._watched("choices scored", requests, longest, self._logit_bytes()):
-            return super().loglikelihood(requests, disable_tqdm)
+            return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Scores of whole documents, longest first: lm-eval would pad neighbours of any length to one another."""
         lengths = [self._count(request.args[0]) for request in requests]
         order = sorted(range(len(requests)), key=lambda i: -lengths[i])
         with self._watched("documents scored", requests, max(lengths), self._logit_bytes()):
-            scores = super().loglikelihood_rolling([requests[i] for i in order], disable_tqdm)
+            scores = super().loglikelihood_rolling([requests[i] for i in order], disable_tqdm=True)
         by_request = dict(zip(order, scores, strict=True))
         return [by_request[i] for i in range(len(requests))]
 
@@ -90,8 +90,11 @@ class WatchedLM(HFLM):  # type: ignore[misc]
             for request in requests
         )
         with self._watched("answers generated", requests, longest, self._cache_bytes()):
-            answers: list[str] = super().generate_until(requests, disable_tqdm)
+            answers: list[str] = super().generate_until(requests, disable_tqdm=True)
         return answers
+
+    def _loglikelihood_tokens(self, *arguments: Any, **named: Any) -> list[tuple[float, bool]]:
+        return super()._loglikelihood_tokens(*arguments, **(named | {"disable_tqdm": True}))  # rolling asks for a bar
 
     def _model_call(self, inps: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
         logits: torch.Tensor = super()._model_call(inps, *arguments, **named)

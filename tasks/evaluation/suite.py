@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 import yaml
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
@@ -19,35 +20,37 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from tasks.config import nearest
 from tasks.errors import UserError
+from tasks.evaluation.environment import names_in
 
+LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 Loaded = dict[str, list[Task | Group]]
 
 
-def load_suite(names: list[str], include_path: Path) -> tuple[TaskManager, Loaded]:
+def load_suite(names: list[str], folder: Path) -> tuple[TaskManager, Loaded]:
     """lm-eval's objects of every name, checked: they have data and run no code that needs a confirmation."""
-    manager = find_tasks(names, include_path)
+    manager = find_tasks(names, folder)
     return manager, {name: _load(manager, name) for name in names}
 
 
-def find_tasks(names: list[str], include_path: Path) -> TaskManager:
+def find_tasks(names: list[str], folder: Path) -> TaskManager:
     """A manager that knows every name. Raises `UserError` with the nearest known task, or the file that is broken."""
-    if not include_path.is_dir():
-        raise UserError(f"no such folder: {include_path}", where="evaluate.include_path", todo="correct the path")
-    manager = TaskManager(include_path=str(include_path), include_defaults=False)
-    if all(name in manager.task_index for name in names):
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder}", where="evaluate.include_path", todo="correct the path")
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    missing = [name for name in names if name not in manager.task_index]
+    if not missing:
         return manager
-    _refuse_broken_files(include_path)
+    _refuse_broken_files(folder)
     own = sorted(manager.task_index)
-    manager = TaskManager(include_path=str(include_path), include_defaults=True)
-    for name in names:
+    # A look through the text of lm-eval's files takes half a second, its index 10 s; most unknown names are typos.
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in LM_EVAL_TASKS.rglob("*.yaml")]
+    for name in missing:
+        if not any(name in text for text in texts):
+            raise _unknown(name, own, folder)
+    manager = TaskManager(include_path=str(folder), include_defaults=True)
+    for name in missing:
         if name not in manager.task_index:
-            near = nearest(name, own) or nearest(name, manager.all_tasks)
-            raise UserError(
-                f"unknown evaluation task '{name}'{near}",
-                where=str(include_path),
-                allowed=", ".join(own) + " and the tasks of lm-eval" if own else "the tasks of lm-eval",
-                todo="correct the name in `evaluate:`, or add its YAML file to the folder",
-            )
+            raise _unknown(name, own, folder)
     return manager
 
 
@@ -56,9 +59,18 @@ def leaves(loaded: list[Task | Group]) -> list[Task]:
     return [task for item in loaded for task in (item.get_all_tasks() if isinstance(item, Group) else [item])]
 
 
-def _refuse_broken_files(include_path: Path) -> None:
+def _unknown(name: str, own: list[str], folder: Path) -> UserError:
+    return UserError(
+        f"unknown evaluation task '{name}'{nearest(name, own) or nearest(name, names_in(LM_EVAL_TASKS))}",
+        where=str(folder),
+        allowed=", ".join([*own, "the tasks of lm-eval"]),
+        todo="correct the name in `evaluate:`, or add its YAML file to the folder",
+    )
+
+
+def _refuse_broken_files(folder: Path) -> None:
     """lm-eval skips a file that it cannot read in silence; the name asked for may stand in it."""
-    for path in sorted(include_path.rglob("*.yaml")):
+    for path in sorted(folder.rglob("*.yaml")):
         try:
             load_yaml(path, resolve_func=False)
         except yaml.MarkedYAMLError as error:

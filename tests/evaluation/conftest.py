@@ -123,8 +123,10 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, task_f
     for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_CACHE"):
         environment.pop(variable, None)  # the worker has to set them itself
     command = [sys.executable, "-m", "tasks.evaluation", *map(str, directories)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout
     return Evaluated(*directories, tiny_model, done.stdout, (watch / "sockets").read_text())
 
 

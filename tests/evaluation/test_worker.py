@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tasks.stage import ERROR, LOG, ORDER, is_done, read_artifact
+from tasks.evaluation.__main__ import main
+from tasks.stage import ARTIFACT, ERROR, ORDER, is_done, read_artifact
 from tests.conftest import ROOT
 from tests.evaluation.conftest import DOCUMENTS, Evaluated, evaluation_order
 
@@ -95,16 +94,23 @@ def test_document_scores_are_those_of_the_bare_model(evaluated: Evaluated) -> No
 def test_there_is_a_sign_of_life_in_every_phase(evaluated: Evaluated) -> None:
     for what in ("loading lm-eval", "reading 3 tasks", "loading the model", "answers generated 6/6",
                  "choices scored 15/15", "documents scored 9/9", "done: 3 tasks, 20 samples"):  # fmt: skip
-        assert f"[steep] evaluate_base {what}" in evaluated.log
+        assert f"\n[steep] evaluate_base {what}" in f"\n{evaluated.log}"
+    assert "it/s]" not in evaluated.log  # a bar would be glued to what is said
 
 
 def test_an_unknown_task_ends_with_an_error_file_and_nothing_else(
-    tmp_path: Path, tiny_model: Path, task_folder: Path
+    tmp_path: Path, tiny_model: Path, task_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = evaluation_order(tmp_path, "base", tiny_model, task_folder, tasks=["choicse"])
-    command = [sys.executable, "-m", "tasks.evaluation", str(directory)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
+    with pytest.MonkeyPatch.context() as environment:  # the worker sets its own
+        environment.setattr(os, "environ", os.environ.copy())
+        assert main([directory]) == 2
     assert "did you mean 'choices'?" in (directory / ERROR).read_text()
-    assert "did you mean 'choices'?" in done.stdout
-    assert {path.name for path in directory.iterdir()} <= {ORDER, ERROR, LOG}
+    assert "did you mean 'choices'?" in capsys.readouterr().out
+    assert {path.name for path in directory.iterdir()} == {ORDER, ERROR}
+
+
+def test_a_directory_that_is_done_is_not_computed_again(evaluated: Evaluated) -> None:
+    before = (evaluated.base / ARTIFACT).stat().st_mtime_ns
+    assert main([evaluated.base]) == 0
+    assert (evaluated.base / ARTIFACT).stat().st_mtime_ns == before
