@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
+import io
 import json
 import re
 import zlib
@@ -17,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+import zstandard
 
 from tasks.errors import UserError
 
@@ -84,11 +87,7 @@ def open_binary(path: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
             return
         try:
             yield (_open_gzip(raw) if path.endswith(".gz") else _open_zstd(raw)), raw
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"the compressed file is damaged: {error}", where=path) from None
-        except Exception as error:
-            if type(error).__name__ != "ZstdError":
-                raise
+        except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
             raise UserError(f"the compressed file is damaged: {error}", where=path) from None
 
 
@@ -113,9 +112,37 @@ def _open_gzip(raw: IO[bytes]) -> IO[bytes]:
 
 
 def _open_zstd(raw: IO[bytes]) -> IO[bytes]:
-    import zstandard  # only where a .zst file is read
+    return io.BufferedReader(_Zstd(raw), READ_BYTES)
 
-    return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)  # type: ignore[return-value]
+
+class _Zstd(io.RawIOBase):
+    """Decompresses frame after frame. The library's own reader takes a file that is cut off for a complete one."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self.raw, self.pending = raw, b""
+        self.frame = zstandard.ZstdDecompressor().decompressobj()
+        self.within = False
+
+    def readable(self) -> bool:
+        """For `BufferedReader`."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer; 0 at the end."""
+        while not self.pending:
+            data = self.frame.unused_data if self.frame.eof else b""
+            if self.frame.eof:
+                self.frame, self.within = zstandard.ZstdDecompressor().decompressobj(), False
+            data = data or self.raw.read(READ_BYTES)
+            if not data:
+                if self.within:
+                    raise EOFError("it ends within a frame")
+                return 0
+            self.within = True
+            self.pending = self.frame.decompress(data)
+        number = min(len(buffer), len(self.pending))
+        buffer[:number], self.pending = self.pending[:number], self.pending[number:]
+        return number
 
 
 def _read_csv(path: str, file: IO[bytes]) -> Iterator[Located]:

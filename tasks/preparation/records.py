@@ -138,7 +138,7 @@ def _check_roles(messages: list[Message], where: str) -> None:
                 f"turn {number} has the role {role!r}", where=where, allowed="system, user, assistant, tool"
             )
         if role not in NEXT_ROLES[before]:
-            raise UserError(f"roles out of order: turn {number}, {role!r}, follows {before or 'the start'!r}", where=where,
+            raise UserError(f"roles out of order: turn {number}, {role!r} follows {before or 'nothing'!r}", where=where,
                             allowed=" or ".join(NEXT_ROLES[before]))  # fmt: skip
         before = role
     if before != "assistant":
