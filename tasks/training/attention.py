@@ -9,8 +9,8 @@ keyword arguments.
   causal call (lengths rounded up to a power of two: at most 2x the tokens, a handful of calls for any
   number of documents).
 
-Models with sliding windows or soft-capped scores keep transformers' own block mask, made from the position
-ids.
+Models with soft-capped scores, or with sliding windows shorter than a row, keep transformers' own block mask,
+made from the position ids.
 
 Letters: T tokens, H heads, D width of a head, N documents of a bucket, L the bucket's length.
 """
@@ -22,19 +22,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
 
 ISOLATED = "steep_isolated"
 SMALLEST_BUCKET = 32
+REFUSED = ("softcap", "s_aux", "position_bias")  # what transformers' models pass that changes the scores
 
 
-def choose_attention(config: Any) -> str:
-    """The attention implementation for a model's config."""
+def choose_attention(config: Any, seq_len: int) -> str:
+    """The attention implementation for a model's config and rows of up to `seq_len` tokens."""
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    known = kinds <= {"full_attention", "sliding_attention"}
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    plain = kinds == {"full_attention"} and not window and not getattr(text, "attn_logit_softcapping", None)
-    return ISOLATED if plain else "sdpa"
+    windowed = window is not None and window < seq_len
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    passes_lengths = model_class is not None and model_class._supports_attention_backend
+    plain = known and not windowed and not getattr(text, "attn_logit_softcapping", None)
+    return ISOLATED if plain and passes_lengths else "sdpa"
 
 
 def attention_plan(implementation: str, device_type: str) -> Callable[[Sequence[int]], dict[str, Any]]:
@@ -76,10 +81,12 @@ def isolated_attention(
     document_lengths: tuple[int, ...] | None = None,
     bucket_take: list[torch.Tensor] | None = None,
     bucket_restore: torch.Tensor | None = None,
-    **_: Any,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each document."""
     assert attention_mask is None and query.shape[0] == 1, "documents are told apart by their lengths, in one flat row"
+    extra = [name for name in REFUSED if kwargs.get(name) is not None]
+    assert not extra, f"this model's attention needs {extra}, which {ISOLATED} does not compute"
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

@@ -84,10 +84,10 @@ def load_tokenizer(folder: Path, init: Path, added_tokens: list[str]) -> tuple[P
     return tokenizer, [token for token in added_tokens if token not in seen]
 
 
-def load_model(folder: Path, precision: Precision) -> PreTrainedModel:
+def load_model(folder: Path, precision: Precision, seq_len: int) -> PreTrainedModel:
     """The model in the policy's dtype; said explicitly, or a bf16 copy would cut a float32 hand-over short."""
     transformers_logging.disable_progress_bar()
-    implementation = choose_attention(AutoConfig.from_pretrained(folder))
+    implementation = choose_attention(AutoConfig.from_pretrained(folder), seq_len)
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=precision.weights, attn_implementation=implementation, use_safetensors=True, local_files_only=True
     )

@@ -44,7 +44,7 @@ def train(directory: Path, order: Order, backend: ModuleType) -> dict[str, Any]:
 
     tell = say if is_main else lambda text: None
     tell(f"{order.stage:<14}loading {init}")
-    model = load_model(init, precision)
+    model = load_model(init, precision, what["seq_len"])
     num_new_rows = add_token_rows(model, tokenizer, new_tokens)
     implementation = model.config._attn_implementation
     tell(f"{order.stage:<14}{describe(model, implementation)}; {layout.num_steps} steps of {layout.rows_per_step} rows")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 
 from tasks.training.attention import ISOLATED, attention_plan, choose_attention, isolated_attention
 from tasks.training.loss import token_losses
@@ -73,7 +73,9 @@ def test_isolation_equals_the_block_mask_of_transformers(base: Path, tmp_path: P
 
 
 def test_models_that_need_more_than_causal_attention_keep_their_own() -> None:
-    assert choose_attention(LlamaConfig()) == ISOLATED
-    assert choose_attention(Qwen3Config()) == ISOLATED
-    assert choose_attention(Qwen3Config(use_sliding_window=True, sliding_window=8, max_window_layers=1)) == "sdpa"
+    assert choose_attention(LlamaConfig(), 512) == ISOLATED
+    assert choose_attention(Qwen3Config(), 512) == ISOLATED
+    assert choose_attention(MistralConfig(sliding_window=512), 512) == ISOLATED  # no document is longer than its window
+    assert choose_attention(MistralConfig(sliding_window=511), 512) == "sdpa"
+    assert choose_attention(Gemma2Config(), 512) == "sdpa"  # soft-capped
     assert attention_plan("sdpa", "cpu")([3, 4]) == {}

@@ -80,7 +80,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(base: Path, tmp_path: Path
 @pytest.mark.parametrize("tied", [True, False])
 def test_new_tokens_get_the_mean_row_in_both_embeddings(tied: bool, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", tied=tied)
-    model = load_model(folder, precision_policy("fp32"))
+    model = load_model(folder, precision_policy("fp32"), SEQ_LEN)
     tokenizer, new = load_tokenizer(tokenizer_folder(tmp_path / "tokenizer", NEW_TOKENS), folder, NEW_TOKENS)
     before = load_file(folder / "model.safetensors")
     assert ("lm_head.weight" in before) != tied
@@ -96,7 +96,7 @@ def test_new_tokens_get_the_mean_row_in_both_embeddings(tied: bool, tmp_path: Pa
 
 def test_a_padded_vocabulary_keeps_its_size_and_the_new_rows_are_set(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", vocab_size=VOCAB_SIZE + 16)
-    model = load_model(folder, precision_policy("fp32"))
+    model = load_model(folder, precision_policy("fp32"), SEQ_LEN)
     tokenizer, new = load_tokenizer(tokenizer_folder(tmp_path / "tokenizer", NEW_TOKENS), folder, NEW_TOKENS)
     before = model.get_input_embeddings().weight.detach().clone()
     assert add_token_rows(model, tokenizer, new) == 2
@@ -111,7 +111,7 @@ def test_tokens_that_an_earlier_stage_trained_keep_their_rows(tmp_path: Path) ->
     tokenizer_folder(folder, NEW_TOKENS)
     tokenizer, new = load_tokenizer(tokenizer_folder(tmp_path / "tokenizer", NEW_TOKENS), folder, NEW_TOKENS)
     assert new == []
-    assert add_token_rows(load_model(folder, precision_policy("fp32")), tokenizer, new) == 0
+    assert add_token_rows(load_model(folder, precision_policy("fp32"), SEQ_LEN), tokenizer, new) == 0
 
 
 def test_float32_is_handed_over_and_bf16_is_widened(base: Path, tmp_path: Path) -> None:
@@ -120,10 +120,10 @@ def test_float32_is_handed_over_and_bf16_is_widened(base: Path, tmp_path: Path) 
     config = (folder / "config.json").read_text()
     assert '"dtype": "float32"' in config
     (folder / "config.json").write_text(config.replace('"dtype": "float32"', '"dtype": "bfloat16"'))
-    loaded = dict(load_model(folder, precision_policy("fp32")).named_parameters())
+    loaded = dict(load_model(folder, precision_policy("fp32"), SEQ_LEN).named_parameters())
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items()), "cut short on the way"
     save_file({n: t.bfloat16() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-    widened = load_model(folder, precision_policy("fp32-master"))
+    widened = load_model(folder, precision_policy("fp32-master"), SEQ_LEN)
     assert {p.dtype for p in widened.parameters()} == {torch.float32}
     assert len(tensor_shapes(folder)) == len(tensors)
 

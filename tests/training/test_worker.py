@@ -54,7 +54,7 @@ def killed_by_sigkill(directory: Path) -> Path:
     """Killed while saving, between two saves, and while exporting; then finished by one of two workers."""
     saving = writing_folder(directory) / "checkpoint-20"
     worker = start_worker(directory)
-    wait_until(lambda: (saving / "model.safetensors").exists(), worker)
+    wait_until((saving / "model.safetensors").exists, worker)
     kill(worker)
     assert saving.exists() and [step_of(path) for path in list_checkpoints(directory)] == [10]
 
