@@ -18,6 +18,7 @@ from typing import Any
 from tasks.stage import write_json
 
 RESULTS, SAMPLES = "results.json", "samples"
+OUTPUTS = (RESULTS, SAMPLES)
 NO_METRIC = {"name", "alias", "sample_len", "sample_count", " "}
 
 
