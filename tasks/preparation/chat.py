@@ -90,7 +90,7 @@ class ChatEncoder:
         starts: list[np.ndarray] = []
         for start, piece in _split_at(self.special, text):
             if self.special.fullmatch(piece):
-                ids.append(np.array([self.control.token_to_id(piece)]))
+                ids.append(np.array([self.control.token_to_id(piece)], dtype=np.int32))
                 starts.append(np.array([start]))
                 continue
             literal, origin = _restore(piece, restore)
@@ -100,8 +100,17 @@ class ChatEncoder:
         return np.concatenate(ids), np.concatenate(starts)
 
     def _spans_by_marking(self, chat: list[Message], text: str, where: str) -> Spans:
+        for within_blanks in (False, True):  # a template that trims answers drops blanks only where no mark keeps them
+            if spans := self._marked_spans(chat, text, where, within_blanks):
+                return spans
+        raise UserError("cannot tell what the assistant says: the chat template changes its turns", where=where,
+                        allowed="a template with {% generation %} ... {% endgeneration %} around them",
+                        todo="set `model.chat_template` to such a file, like configs/chat_template.jinja")  # fmt: skip
+
+    def _marked_spans(self, chat: list[Message], text: str, where: str, within_blanks: bool) -> Spans:
+        """The spans by one more rendering; empty when the marks changed the text."""
         open_, close = _unused_private(text, 2)
-        marked_chat = [message if message["role"] != "assistant" else _mark(message, open_, close) for message in chat]
+        marked_chat = [_mark(message, open_, close, within_blanks) for message in chat]
         marked, _ = self._render(marked_chat, where)
         spans: Spans = []
         unmarked = ""
@@ -112,14 +121,7 @@ class ChatEncoder:
                 spans[-1] = (spans[-1][0], len(unmarked))
             else:
                 unmarked += piece
-        if unmarked != text or not spans or any(end < start for start, end in spans):
-            raise UserError(
-                "cannot tell what the assistant says: the chat template changes its turns",
-                where=where,
-                allowed="a template with {% generation %} ... {% endgeneration %} around them",
-                todo="set `model.chat_template` to such a file, like configs/chat_template.jinja",
-            )
-        return spans
+        return spans if unmarked == text and all(start <= end for start, end in spans) else []
 
     def _with_end_of_turn(self, text: str, start: int, end: int) -> int:
         """Where the turn ends when the token that ends it is counted in."""
@@ -152,12 +154,12 @@ def _inside(starts: np.ndarray, spans: Spans) -> np.ndarray:
     return inside
 
 
-def _mark(message: Message, open_: str, close: str) -> Message:
-    """Marks go inside the blanks at both ends, which a template may trim."""
+def _mark(message: Message, open_: str, close: str, within_blanks: bool) -> Message:
+    if message["role"] != "assistant":
+        return message
     content = message["content"]
-    core = content.strip()
-    head = content[: len(content) - len(content.lstrip())]
-    tail = content[len(head) + len(core) :]
+    core = content.strip() if within_blanks else content
+    head, tail = content.split(core, 1) if core else (content, "")
     return {**message, "content": f"{head}{open_}{core}{close}{tail}"}
 
 

@@ -9,7 +9,6 @@ draws, so that the two sides do not come from the same sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -86,9 +85,17 @@ def _pair(cell: np.ndarray) -> Counts:
 
 
 def _total(ledgers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Add up all lines; `epochs` and examples are no quantities."""
-    add: Callable[[list[Any]], Any] = lambda values: (  # noqa: E731
-        {key: add([v[key] for v in values if key in v]) for key in dict.fromkeys(k for v in values for k in v)}
-        if isinstance(values[0], dict) else sum(values)
-    )  # fmt: skip
-    return {key: value for key, value in add(ledgers).items() if key != "epochs"}
+    """Add up all counts, line by line; `epochs` and examples are no counts."""
+    total: dict[str, Any] = {}
+    for lines in ledgers:
+        for line in lines.keys() - {"epochs", "examples"}:
+            _add(total.setdefault(line, {}), lines[line])
+    return {line: total[line] for line in ledgers[0] if line in total}
+
+
+def _add(total: dict[str, Any], counts: dict[str, Any]) -> None:
+    for name, value in counts.items():
+        if isinstance(value, dict):
+            _add(total.setdefault(name, {}), value)
+        else:
+            total[name] = total.get(name, 0) + value

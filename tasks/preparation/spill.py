@@ -41,6 +41,7 @@ class Spill:
         documents["supervised"], documents["line"] = encoded.supervised, encoded.lines
         documents["source"], documents["file"], documents["status"] = encoded.source, encoded.file, encoded.status
         self._index.write(documents.data)
+        assert encoded.ids.dtype == np.int32, encoded.ids.dtype
         self._tokens.write(encoded.ids.data)
         self.num_tokens += len(encoded.ids)
         self.num_documents += len(documents)
