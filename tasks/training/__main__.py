@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
@@ -29,6 +29,7 @@ OFFLINE = {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+SECONDS_FOR_RANK_0 = 30
 IS_MAIN = os.environ.get("RANK", "0") == "0"
 
 
@@ -43,6 +44,9 @@ def main(directory: Path) -> int:
             write_text(directory / ERROR, error.render() + "\n")
             print(error.render(), flush=True)
             checkpoint.clear_unfinished(directory)
+        else:  # torchrun ends everybody as soon as one has ended: leave rank 0 the time to write
+            with suppress(Preempted):
+                time.sleep(SECONDS_FOR_RANK_0)
         return EXIT_USER_ERROR
     except Preempted:
         if IS_MAIN:

@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tasks.errors import UserError
-from tasks.stage import read_order
-from tasks.training import model as model_module
+from tasks.stage import free_bytes, read_order
 from tasks.training.model import add_token_rows, check_init, load_model, load_tokenizer, resolve_init, tensor_shapes
 from tasks.training.precision import precision_policy
 from tests.training.conftest import SEQ_LEN, VOCAB_SIZE, make_model, make_stage, make_tokenizer
@@ -43,20 +42,16 @@ def test_seq_len_beyond_the_positions_is_refused(base: Path, tmp_path: Path) -> 
         check_init(base, 2 * SEQ_LEN + 1, tmp_path, keep_last=2)
 
 
-def test_a_disk_too_small_for_the_checkpoints_is_refused(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_too_small_for_the_checkpoints_is_refused(base: Path, tmp_path: Path) -> None:
     num_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(base).parameters())
-    needed = num_parameters * (12 * 3 + 4)  # two checkpoints kept, one being written, the export
-    monkeypatch.setattr(model_module, "free_bytes", lambda path: needed)
-    check_init(base, SEQ_LEN, tmp_path, keep_last=2)
-    monkeypatch.setattr(model_module, "free_bytes", lambda path: needed - 1)
+    fitting = free_bytes(tmp_path) // (12 * num_parameters)  # checkpoints of weights and two moments in float32
+    check_init(base, SEQ_LEN, tmp_path, keep_last=fitting // 2)
     with pytest.raises(UserError, match="disk is too small for the checkpoints"):
-        check_init(base, SEQ_LEN, tmp_path, keep_last=2)
-    check_init(base, SEQ_LEN, tmp_path, keep_last=1)
+        check_init(base, SEQ_LEN, tmp_path, keep_last=2 * fitting)
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "old").write_bytes(b"1")  # what a resumed run wrote before is already paid for
-    check_init(base, SEQ_LEN, tmp_path, keep_last=2)
+    with (tmp_path / "checkpoints" / "sparse").open("wb") as file:
+        file.truncate(12 * num_parameters * 2 * fitting)
+    check_init(base, SEQ_LEN, tmp_path, keep_last=2 * fitting)  # what this run wrote before is already paid for
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.errors import UserError
-from tasks.training.checkpoint import list_checkpoints
+from tasks.training.checkpoint import list_checkpoints, step_of
 from tasks.training.export import moved_share
 from tasks.training.metrics import read_metrics
+from tasks.training.run import check_same_kind
 from tasks.training.schedule import lr_factor
 from tests.training.conftest import (
     WHAT,
@@ -164,6 +165,26 @@ def test_added_tokens_travel_from_the_tokenizer_to_the_export(tmp_path: Path) ->
     assert model.config.vocab_size == 129
     assert model.generation_config.eos_token_id == [1, 128]
     assert 0.9 < counts["weights_moved_share"] <= 1
+
+
+@pytest.mark.parametrize(("cadence", "kept"), [
+    ({"every_steps": 4, "every_minutes": None, "keep_last": 3}, [11, 8, 4]),
+    ({"every_steps": None, "every_minutes": 1e-9, "keep_last": 2}, [11, 10]),
+    ({"every_steps": None, "every_minutes": 30.0, "keep_last": 2}, [11]),
+])  # fmt: skip
+def test_checkpoints_come_by_steps_or_minutes_and_at_the_end(
+    tmp_path: Path, base: Path, prepared: Path, cadence: dict[str, object], kept: list[int]
+) -> None:
+    directory = make_stage(tmp_path, base, prepared, {"checkpoint": cadence})
+    train_here(directory)
+    assert [step_of(path) for path in list_checkpoints(directory)] == kept
+
+
+def test_a_sharded_checkpoint_is_not_resumed_by_one_process(tmp_path: Path) -> None:
+    found = tmp_path / "checkpoint-00000004"
+    (found / "pytorch_model_fsdp_0").mkdir(parents=True)
+    with pytest.raises(UserError, match="step 4 was saved by several processes"):
+        check_same_kind(found)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path, base: Path, prepared: Path) -> None:
