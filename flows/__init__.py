@@ -12,6 +12,8 @@ _DEFAULTS = {
     "DO_NOT_TRACK": "1",
     # The temporary server took 16 s to start on two cores, 40 s the first time; Prefect gives up after 20 by default.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    # Log lines reach the server within 2 s: they are sent every 2 s by default, and read from the worker every 0.2 s.
+    "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "0.5",
     # One calm line an event; Prefect's own chatter only from warnings on.
     "PREFECT_LOGGING_LEVEL": "WARNING",
     "PREFECT_LOGGING_LOGGERS_PREFECT_FLOW_RUNS_LEVEL": "INFO",

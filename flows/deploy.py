@@ -76,7 +76,7 @@ def mark_lost_runs() -> None:
     ours = WorkPoolFilter(name=WorkPoolFilterName(any_=pools()))
     with get_client(sync_client=True) as client:
         for run in client.read_flow_runs(flow_run_filter=alive, work_pool_filter=ours):
-            state: State[None] = Crashed(message="its worker ended, and it with it; the next run resumes from what stands")
+            state: State[None] = Crashed(message="its worker ended; the next run resumes from what stands")
             client.set_flow_run_state(run.id, state, force=True)
             print(f"{run.name} was running when its worker ended: marked Crashed; the next run resumes it")
 

@@ -23,6 +23,7 @@ from prefect.runtime import flow_run
 from flows.console import calm
 from flows.parameters import DEFAULT_CONFIG, Config, HardwareOrDefault, Stage
 from flows.routing import hand_over
+from tasks.artifacts import show_plan
 from tasks.config import load_config, load_hardware
 from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from tasks.evaluate import evaluate
@@ -64,6 +65,7 @@ def pipeline(
         return elsewhere
     plan = load_plan(config, hardware)
     wanted = select(plan, only, until)
+    show_plan(plan)
 
     rows: dict[str, Any] = {}
     models: list[Any] = []

@@ -27,6 +27,7 @@ from flows.services import POLL_SECONDS, Service, revive, stop_all
 from tasks.errors import EXIT_USER_ERROR, UserError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ANY_ADDRESS = ("0.0.0.0", "::")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # The first start migrates an empty database: 40 s on two busy cores.
 SECONDS_TO_START = 180.0
@@ -61,9 +62,11 @@ def _start(options: argparse.Namespace, services: list[Service]) -> None:
     home = Path(os.environ["PREFECT_HOME"])
     logs = home / "logs"
     database = _start_database(options.database, home, services)
-    url = f"http://{options.host}:{options.port}"
+    shown = socket.gethostname() if options.host in ANY_ADDRESS else options.host
+    url = f"http://{shown}:{options.port}"
     _start_server(options, url, logs, services)
-    files_url = _start_files(options, logs, services)
+    files_url = f"http://{shown}:{options.port + 1}"
+    _start_files(options, logs, services)
 
     os.environ |= {"PREFECT_API_URL": f"{url}/api", "STEEP_FILES_URL": files_url}
     # On loopback every worker is ours, and none runs yet: what is Running cannot be.
@@ -99,7 +102,11 @@ def _start_database(wanted: str | None, home: Path, services: list[Service]) -> 
 
 def _start_server(options: argparse.Namespace, url: str, logs: Path, services: list[Service]) -> None:
     command = [*PREFECT, "server", "start", "--host", options.host, "--port", str(options.port)]
-    environment = {"PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false", "PREFECT_SERVER_LOGGING_LEVEL": "WARNING"}
+    environment = {
+        "PREFECT_SERVER_UI_API_URL": f"{url}/api",  # where the browser finds it; else port 4200, whatever ours is
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    }
     server = Service("the server", command, logs / "server.log", environment)
     services.append(server)
     _say("starting the server; the first time it makes its tables, which takes up to a minute")
@@ -107,12 +114,11 @@ def _start_server(options: argparse.Namespace, url: str, logs: Path, services: l
     server.wait_until(lambda: _answers(f"{url}/api/health"), SECONDS_TO_START)
 
 
-def _start_files(options: argparse.Namespace, logs: Path, services: list[Service]) -> str:
+def _start_files(options: argparse.Namespace, logs: Path, services: list[Service]) -> None:
     """Reports and models of `runs/` for the links in Prefect's UI, which cannot open files."""
     command = [sys.executable, "-m", "flows.files", "--host", options.host, "--port", str(options.port + 1)]
     services.append(Service("the file server", command, logs / "files.log"))
     services[-1].start()
-    return f"http://{options.host}:{options.port + 1}"
 
 
 def _worker(pool: str, logs: Path) -> Service:

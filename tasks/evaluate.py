@@ -10,8 +10,9 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
+from tasks.artifacts import live, show
 from tasks.execute import compute
-from tasks.outcome import outcome, speaker
+from tasks.outcome import outcome
 from tasks.plan import Planned
 
 
@@ -21,5 +22,7 @@ def evaluate(planned: Sequence[Planned], *models: Any, force: bool = False) -> P
 
     Returns the last model's directory, which holds `results.json`.
     """
-    reused = compute(planned, "tasks.evaluation", speaker(), force)
+    with live(planned) as say:
+        reused = compute(planned, "tasks.evaluation", say, force)
+    show(planned, reused)
     return outcome(planned[-1].directory, reused)

@@ -8,13 +8,16 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
+from tasks.artifacts import live, show
 from tasks.execute import compute
-from tasks.outcome import outcome, speaker
+from tasks.outcome import outcome
 from tasks.plan import Planned
 
 
 @task(task_run_name="{planned.stage}", cache_policy=NO_CACHE)
 def prepare(planned: Planned, force: bool = False) -> Path | State[Path]:
     """Clean, tokenize, mix and pack one training stage's data; the directory that holds `rows.arrow`."""
-    reused = compute([planned], "tasks.preparation", speaker(), force)
+    with live([planned]) as say:
+        reused = compute([planned], "tasks.preparation", say, force)
+    show([planned], reused)
     return outcome(planned.directory, reused)

@@ -7,10 +7,32 @@ the person who waits: the launcher forwards exactly those, so the screen stays c
 from __future__ import annotations
 
 import math
+import re
 import time
+from dataclasses import dataclass
 
 MARK = "[steep] "
 MIN_SECONDS_BETWEEN_LINES = 2.0
+_LINE = re.compile(r"(?P<stage>\S+) +(?P<what>\S.*?) (?P<done>[\d,]+)/(?P<total>[\d,]+)  +\d+%(?P<rest>.*)")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A line of progress, read back: `cpt`, 0.15, `step 12/80, loss 2.13, 9,812 tok/s, ETA 0:45`."""
+
+    stage: str
+    share: float
+    text: str
+
+
+def read(line: str) -> Reading | None:
+    """The reading of a line that `Progress` wrote; None for any other line."""
+    found = _LINE.fullmatch(line)
+    if not found:
+        return None
+    done, total = (int(found[name].replace(",", "")) for name in ("done", "total"))
+    parts = [f"{found['what']} {found['done']}/{found['total']}", *found["rest"].strip().split("  ")]
+    return Reading(found["stage"], done / max(1, total), ", ".join(part.strip() for part in parts if part.strip()))
 
 
 def say(text: str) -> None:

@@ -9,8 +9,9 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
+from tasks.artifacts import live, show
 from tasks.execute import compute
-from tasks.outcome import outcome, speaker
+from tasks.outcome import outcome
 from tasks.plan import Planned
 
 
@@ -20,5 +21,7 @@ def train(planned: Planned, *inputs: Any, force: bool = False) -> Path | State[P
 
     `inputs` are the stages it reads from: Prefect draws its graph from them.
     """
-    reused = compute([planned], "tasks.training", speaker(), force)
+    with live([planned]) as say:
+        reused = compute([planned], "tasks.training", say, force)
+    show([planned], reused)
     return outcome(planned.directory, reused)

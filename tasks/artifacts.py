@@ -1,0 +1,173 @@
+"""What Prefect's UI shows of a stage beside its log: live progress, tables, the loss curve, links.
+
+Posted to the server as artifacts of the task run. An artifact is a courtesy: when the server is away for a while, a
+stage that has run for days goes on, and one warning stands in the log. Progress is posted from a thread of its own, so
+that following the worker's log never waits for the server; an update costs the server 40 ms, so it comes every 2 s.
+
+Nothing here reads a text of the data: what is shown are names and numbers of ours.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextvars
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.logging import get_logger
+
+from tasks import tables
+from tasks.outcome import speaker
+from tasks.plan import Planned
+from tasks.progress import Reading, read
+from tasks.sketch import line_svg
+
+SECONDS_BETWEEN_POSTS = 2.0
+SECONDS_FOR_LAST_POST = 5.0
+FILES_URL_VARIABLE = "STEEP_FILES_URL"  # where `make serve` shows runs/ to a browser
+
+
+@contextmanager
+def live(stages: Sequence[Planned]) -> Iterator[Callable[[str], None]]:
+    """Where a worker's lines go: to the run's log, and those of progress to one bar a stage too."""
+    say = speaker()
+    if not (ids := _run_ids()):
+        yield say
+        return
+    poster = _Poster(ids)
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(poster.run,), daemon=True)
+    thread.start()
+
+    def say_and_show(line: str) -> None:
+        say(line)
+        if reading := read(line):
+            poster.latest[stages[0].stage if len(stages) == 1 else reading.stage] = reading
+
+    try:
+        yield say_and_show
+    finally:
+        poster.stopped.set()
+        thread.join(SECONDS_FOR_LAST_POST)
+
+
+def show_plan(plan: dict[str, Planned]) -> None:
+    """The plan, as the table of a flow run."""
+    _post(lambda: [_table("plan", tables.plan(plan), "What runs, what is reused, and why")])
+
+
+def show(stages: Sequence[Planned], reused: bool) -> None:
+    """What stages left behind, by their kind; of reused ones only the report, which closes every run."""
+    if not reused or stages[0].order.kind == "report":
+        _post(lambda: _left_behind(stages))
+
+
+def _left_behind(stages: Sequence[Planned]) -> list[dict[str, Any]]:
+    kind, directory, name = stages[0].order.kind, stages[0].directory, stages[0].stage.replace("_", "-")
+    if kind == "prepare":
+        ledger = _table(f"{name}-ledger", tables.ledger(directory), "Tokens by source, from read to trained")
+        return [ledger, _table(f"{name}-mix", tables.mix(directory), "Shares asked for and achieved")]
+    if kind == "train":
+        return [_markdown(f"{name}-loss", _training_text(stages[0]))]
+    if kind == "evaluate":
+        rows = tables.evaluations([planned.directory for planned in stages])
+        return [_table("evaluation", rows, "Metrics of the models evaluated in this run")]
+    results = _table("results", tables.results_csv(directory), "Metrics of base, CPT and SFT")
+    return [results, _markdown("report", _report_text(directory))]
+
+
+class _Poster:
+    """Keeps one progress artifact a stage at the latest reading."""
+
+    def __init__(self, ids: dict[str, Any]) -> None:
+        self.ids, self.stopped = ids, threading.Event()
+        self.latest: dict[str, Reading] = {}
+        self.shown: dict[str, tuple[Any, Reading]] = {}  # stage -> artifact's id, what it shows
+
+    def run(self) -> None:
+        """Post until stopped, and once more then."""
+        while not self.stopped.wait(SECONDS_BETWEEN_POSTS):
+            self.post()
+        self.post()
+
+    def post(self) -> None:
+        """Create or update what has changed."""
+        changed = {s: r for s, r in dict(self.latest).items() if s not in self.shown or self.shown[s][1] != r}
+        if changed:
+            _politely(lambda client: self._post_all(client, changed))
+
+    def _post_all(self, client: SyncPrefectClient, changed: dict[str, Reading]) -> None:
+        for stage, reading in changed.items():
+            self._post_one(client, stage, reading)
+
+    def _post_one(self, client: SyncPrefectClient, stage: str, reading: Reading) -> None:
+        percent, text = 100.0 * reading.share, reading.text
+        if stage in self.shown:
+            artifact = self.shown[stage][0]
+            client.update_artifact(artifact, ArtifactUpdate(data=percent, description=text))
+        else:
+            key = f"{stage.replace('_', '-')}-progress"
+            made = ArtifactCreate(key=key, type="progress", data=percent, description=text, **self.ids)
+            artifact = client.create_artifact(made).id
+        self.shown[stage] = (artifact, reading)
+
+
+def _run_ids() -> dict[str, Any]:
+    """Whose artifacts these are; empty outside a run."""
+    task, flow = TaskRunContext.get(), FlowRunContext.get()
+    if task:
+        return {"task_run_id": task.task_run.id, "flow_run_id": task.task_run.flow_run_id}
+    return {"flow_run_id": flow.flow_run.id} if flow and flow.flow_run else {}
+
+
+def _post(build: Callable[[], list[dict[str, Any]]]) -> None:
+    if ids := _run_ids():
+        _politely(lambda client: [client.create_artifact(ArtifactCreate(**artifact, **ids)) for artifact in build()])
+
+
+def _politely(deed: Callable[[SyncPrefectClient], Any]) -> None:
+    """Do it if the server takes it; a stage does not fail for what only decorates it."""
+    try:
+        with get_client(sync_client=True) as client:
+            deed(client)
+    except Exception as error:
+        get_logger("steep").warning("an artifact of this run is not shown: %r", error)
+
+
+def _table(key: str, rows: list[dict[str, Any]], title: str) -> dict[str, Any]:
+    return {"key": key, "type": "table", "data": json.dumps(rows), "description": title}
+
+
+def _markdown(key: str, text: str) -> dict[str, Any]:
+    return {"key": key, "type": "markdown", "data": text}
+
+
+def _training_text(planned: Planned) -> str:
+    directory = planned.directory
+    steps, losses = tables.loss_curve(directory)
+    picture = base64.b64encode(line_svg(steps, losses, "loss").encode()).decode()
+    facts = "\n".join(f"| {name} | {value} |" for name, value in tables.training_facts(directory))
+    return (
+        f"## {planned.stage}: loss over steps\n\n![loss over steps](data:image/svg+xml;base64,{picture})\n\n"
+        f"| | |\n|---|---|\n{facts}\n\nModel: {_link(directory / 'model')}\n\nLog: {_link(directory / 'worker.log')}\n"
+    )
+
+
+def _report_text(directory: Path) -> str:
+    return f"Report: {_link(directory / 'report.html')}\n\nFigures: {_link(directory / 'results.csv')}\n"
+
+
+def _link(path: Path) -> str:
+    """A link that a browser opens, where somebody shows runs/ to it; else the path."""
+    base, runs = os.environ.get(FILES_URL_VARIABLE), Path("runs").resolve()
+    if base and path.resolve().is_relative_to(runs):
+        relative = path.resolve().relative_to(runs).as_posix() + ("/" if path.is_dir() else "")
+        return f"[{path}]({base}/{relative})"
+    return f"`{path.resolve()}`"
