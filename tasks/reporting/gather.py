@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.stage import Order, read_artifact, read_order
+from tasks.errors import UserError
+from tasks.stage import ARTIFACT, Order, read_artifact, read_order
 
 ROLES = ("base", "cpt", "sft")
 TRAIN_STAGES = ("cpt", "sft")
@@ -77,5 +78,7 @@ def gather(directory: Path) -> RunRecord:
     stages = {}
     for name, path in order.inputs.items():
         folder = Path(path)
+        if not (folder / ARTIFACT).is_file():
+            raise UserError(f"the report reads {name}, which is not finished", where=path, todo="run that stage first")
         stages[name] = StageRecord(name, folder, read_order(folder), read_artifact(folder))
     return RunRecord(order, stages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import pandas as pd
@@ -57,7 +58,7 @@ def result_table(frame: pd.DataFrame, roles: Sequence[str]) -> Table:
             better = row["higher_is_better"] if isinstance(row["higher_is_better"], bool) else None
             name = Cell(row["task"], "quiet" if row["task"] == previous else "")
             values = [number(row[role]) or "\u2013" for role in roles]
-            changes = [_difference(row[f"{later}-{earlier}"], better) for later, earlier in differences]
+            changes = [_difference(row[later], row[earlier], better) for later, earlier in differences]
             previous = row["task"]
             metric = f"{row['metric']} {ARROWS[better]}".rstrip()
             rows.append([name, metric, number(row["n"]), *values, *changes])
@@ -115,6 +116,9 @@ SECTIONS: tuple[Callable[[RunRecord], Section], ...] = (
 )  # fmt: skip
 
 
-def _difference(value: float, higher_is_better: bool | None) -> Cell:
+def _difference(later: float, earlier: float, higher_is_better: bool | None) -> Cell:
+    """A loss (bits per byte, perplexity) has no natural scale, so its change is also told in percent."""
     tones: dict[bool | None, Tone] = {True: "good", False: "bad", None: "quiet"}
-    return Cell(signed(value), tones[is_better(value, higher_is_better)])
+    value = later - earlier
+    relative = f" ({signed(100 * value / earlier, 1)} %)" if higher_is_better is False and earlier and value else ""
+    return Cell(signed(value) + ("" if math.isnan(value) else relative), tones[is_better(value, higher_is_better)])

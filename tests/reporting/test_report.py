@@ -129,7 +129,8 @@ def test_the_page_says_what_a_reader_asks(report_directory: Path) -> None:
     text = Page((report_directory / "report.html").read_text()).text
     for said in ("99.99%", "90.00%", "+0.003 pp", "it balances to the token", "floor 1.0e-04", "learning_rate",
                  "<|im_start|>", "transformers", "some/data at c0ffee", "abababababab data/cpt.jsonl", "3:20 of computing",
-                 "sft says 0", "data/x.jsonl:17", "0.31 pp"):  # fmt: skip
+                 "sft says 0", "data/x.jsonl:17", "0.31 pp",
+                 "+0.0500 (+14.1 %)", "+0.9123"):  # fmt: skip
         assert said in text, said
 
 
@@ -185,6 +186,14 @@ def test_worker_writes_once_and_reuses(report_directory: Path, capsys: pytest.Ca
 def test_a_directory_without_an_order_is_told(tmp_path: Path) -> None:
     assert main(tmp_path) == 2
     assert "no stage's directory" in (tmp_path / ERROR).read_text()
+
+
+def test_a_stage_that_is_not_finished_is_told(report_directory: Path) -> None:
+    sft = Path(json.loads((report_directory / "order.json").read_text())["inputs"]["sft"])
+    (sft / "artifact.json").unlink()
+    assert main(report_directory) == 2
+    assert "the report reads sft, which is not finished" in (report_directory / ERROR).read_text()
+    assert not (report_directory / "report.html").exists()
 
 
 def test_an_unbalanced_ledger_is_not_called_balanced(report_directory: Path) -> None:
