@@ -25,7 +25,7 @@ def describe_mix(plans: list[SourcePlan], draws: list[Draws], written: Written) 
     }  # fmt: skip
     names = [plan.name for plan in plans]
     asked = np.array([plan.share for plan in plans])
-    windows = _largest_deviation(written.composition, asked, min(WINDOW_ROWS, written.num_rows))
+    windows = window_deviation(written.composition, asked, min(WINDOW_ROWS, written.num_rows))
     first_rows = np.unique(np.linspace(0, written.num_rows, min(PLOTTED_WINDOWS, written.num_rows) + 1).astype(int))[
         :-1
     ]
@@ -42,7 +42,7 @@ def describe_mix(plans: list[SourcePlan], draws: list[Draws], written: Written) 
     }
 
 
-def _largest_deviation(composition: np.ndarray, asked: np.ndarray, window: int) -> np.ndarray:
+def window_deviation(composition: np.ndarray, asked: np.ndarray, window: int) -> np.ndarray:
     """(S,) the largest difference from the asked share over all runs of `window` rows."""
     sums = np.concatenate([np.zeros((1, len(asked)), np.int64), np.cumsum(composition, axis=0, dtype=np.int64)])
     inside = sums[window:] - sums[:-window]
