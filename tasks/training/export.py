@@ -31,6 +31,8 @@ def export_model(
     model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
     model.save_pretrained(aside, state_dict=tensors)
     tokenizer.save_pretrained(aside)
+    for file in aside.iterdir():
+        file.chmod(0o644)  # safetensors writes files that only their owner may read
     if final.exists():  # of a run that was killed between this rename and its artifact
         shutil.rmtree(final)
     aside.rename(final)

@@ -155,7 +155,7 @@ def start_worker(directory: Path, processes: int = 1, **environment: str) -> sub
         return subprocess.Popen(command(directory, processes), stdout=log, stderr=log, env=env, start_new_session=True)
 
 
-def finish_worker(worker: subprocess.Popen[bytes], timeout_seconds: float = 120) -> int:
+def finish_worker(worker: subprocess.Popen[bytes], timeout_seconds: float = 240) -> int:
     """Wait for a worker; kill its group when it takes too long."""
     try:
         return worker.wait(timeout_seconds)
@@ -169,7 +169,7 @@ def run_worker(directory: Path, processes: int = 1, **environment: str) -> int:
     return finish_worker(start_worker(directory, processes, **environment))
 
 
-def wait_until(condition: Callable[[], bool], worker: subprocess.Popen[bytes], seconds: float = 90) -> None:
+def wait_until(condition: Callable[[], bool], worker: subprocess.Popen[bytes], seconds: float = 240) -> None:
     """Poll every millisecond until something is true of a running worker."""
     deadline = time.monotonic() + seconds
     while not condition():

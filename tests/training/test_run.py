@@ -125,6 +125,7 @@ def test_counts_are_those_of_the_rows(trained: tuple[Path, dict[str, object]]) -
 def test_the_export_is_a_plain_model_folder(trained: tuple[Path, dict[str, object]], base: Path) -> None:
     folder = trained[0] / "model"
     assert not list(folder.glob("*.bin")) and not list(folder.glob("*.md"))
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
     config = json.loads((folder / "config.json").read_text())
     assert config["use_cache"] is True and config["dtype"] == "float32"
     assert config["architectures"] == ["LlamaForCausalLM"] and config["tie_word_embeddings"] is True

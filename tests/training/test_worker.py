@@ -95,6 +95,12 @@ def stopped_by_signals(directory: Path) -> Path:
     return directory
 
 
+def refused(directory: Path) -> Path:
+    """Rows longer than the model's positions."""
+    assert run_worker(directory) == EXIT_USER_ERROR
+    return directory
+
+
 def sharded_and_stopped(directory: Path) -> Path:
     """Two processes with FSDP2, stopped through torchrun, and resumed from their sharded checkpoint."""
     worker = start_worker(directory, processes=2)
@@ -125,11 +131,13 @@ def stories(tmp_path_factory: pytest.TempPathFactory, base: Path, long_rows: Pat
     sharded = make_stage(
         runs / "sharded", base, long_rows, {"processes": 2}, batch_tokens=ROWS_PER_STEP_SHARDED * SEQ_LEN
     )
+    too_long = make_stage(runs / "too_long", base, long_rows, seq_len=129, batch_tokens=129)
     with ThreadPoolExecutor(3) as pool:
         yield {
             "sharded": pool.submit(sharded_and_stopped, sharded),
             "killed": pool.submit(killed_by_sigkill, killed),
             "stopped": pool.submit(stopped_by_signals, stopped),
+            "refused": pool.submit(refused, too_long),
         }
 
 
@@ -199,9 +207,8 @@ def test_two_processes_shard_resume_and_give_the_result_of_one(
     assert torch.equal(model.lm_head.weight, weights(directory)["model.embed_tokens.weight"])
 
 
-def test_bad_input_ends_with_a_message_and_no_half_made_stage(tmp_path: Path, base: Path, prepared: Path) -> None:
-    directory = make_stage(tmp_path, base, prepared, seq_len=129, batch_tokens=4 * 129)
-    assert run_worker(directory) == EXIT_USER_ERROR
+def test_bad_input_ends_with_a_message_and_no_half_made_stage(stories: dict[str, Future[Any]]) -> None:
+    directory = stories["refused"].result()
     assert "seq_len is 129, but the model has 128 positions" in (directory / "error.txt").read_text()
     assert {path.name for path in directory.iterdir()} == {"order.json", "error.txt", "worker.log"}
     assert not (directory / FOLDER).exists()
