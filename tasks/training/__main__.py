@@ -73,7 +73,7 @@ def _work(directory: Path) -> int:
 
     counts = train(directory, order, backend)
     if IS_MAIN:
-        finish(directory, OUTPUTS, counts, time.monotonic() - started_at)
+        finish(directory, OUTPUTS, counts, time.monotonic() - started_at + counts["seconds_earlier"])
         _clear(directory)
         say(f"{order.stage:<14}done: loss {counts['final_loss']:.3f}, {counts['tokens_per_second']:,.0f} tok/s, "
             f"{counts['weights_moved_share']:.1%} of the weights moved")  # fmt: skip

@@ -131,7 +131,7 @@ def _count(shape: Iterable[int]) -> int:
     return count
 
 
-def describe(model: Any, implementation: str) -> str:
+def describe(model: Any) -> str:
     """One line about a loaded model."""
     num_parameters = sum(p.numel() for p in model.parameters())
-    return f"{num_parameters:,} parameters, {model.config.model_type}, attention {implementation}"
+    return f"{num_parameters:,} parameters, {model.config.model_type}, attention {model.config._attn_implementation}"

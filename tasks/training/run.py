@@ -4,11 +4,13 @@ every process."""
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch.distributed as dist
+from transformers import PrinterCallback
 
 from tasks.errors import UserError
 from tasks.progress import say
@@ -22,40 +24,38 @@ from tasks.training.model import add_token_rows, check_init, describe, load_mode
 from tasks.training.precision import precision_policy
 from tasks.training.preemption import finishing_steps
 from tasks.training.rows import Layout, load_rows, make_collate
-from tasks.training.trainer import make_config, make_trainer
+from tasks.training.trainer import RowTrainer, make_config
 
 OUTPUTS = (export.MODEL, METRICS, TENSORBOARD)
 RESUMES = "resumed_from.json"
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage reads, checked."""
+
+    init: Path  # the folder of the model to start from
+    tokenizer: Any
+    new_tokens: list[str]  # those of the tokenizer that the model has no trained row for
+    rows: Any  # the last one is a filler
+    said: dict[str, Any]  # the counts of the prepared rows
+
+
 def train(directory: Path, order: Order, backend: ModuleType) -> dict[str, Any]:
     """Train, export, and return the counts of the artifact."""
-    what, how, is_main = order.what, order.how, backend.rank() == 0
-    cadence = how.get("checkpoint") or {}
-    precision = precision_policy(how["precision"])
-    init = resolve_init(order)
-    check_init(init, what["seq_len"], directory, cadence.get("keep_last", 2))
-
-    prepared = Path(order.inputs["rows"])
-    said = read_artifact(prepared)["counts"]
-    tokenizer, new_tokens = load_tokenizer(prepared / "tokenizer", init, said.get("added_tokens", []))
-    rows = load_rows(prepared / "rows.arrow", filler_token=end_token(tokenizer))
-    layout = plan_layout(what, how, num_rows=len(rows) - 1, world_size=backend.world_size())
+    what, is_main = order.what, backend.rank() == 0
+    precision = precision_policy(order.how["precision"])
+    inputs = read_inputs(directory, order)
+    layout = plan_layout(what, order.how, len(inputs.rows) - 1, backend.world_size())
 
     tell = say if is_main else lambda text: None
-    tell(f"{order.stage:<14}loading {init}")
-    model = load_model(init, precision, what["seq_len"])
-    num_new_rows = add_token_rows(model, tokenizer, new_tokens)
-    implementation = model.config._attn_implementation
-    tell(f"{order.stage:<14}{describe(model, implementation)}; {layout.num_steps} steps of {layout.rows_per_step} rows")
+    tell(f"{order.stage:<14}loading {inputs.init}")
+    model = load_model(inputs.init, precision, what["seq_len"])
+    num_new_rows = add_token_rows(model, inputs.tokenizer, inputs.new_tokens)
+    tell(f"{order.stage:<14}{describe(model)}; {layout.num_steps} steps of {layout.rows_per_step} rows")
 
-    config = make_config(directory, what, layout, precision, backend.trainer_settings(how))
-    backend.before_trainer(config)
-    sums = StepSums(said["sources"], config.device)
-    step_log = StepLog(directory, order.stage, layout.num_steps, sums, cadence, is_main)
-    collate = make_collate(attention_plan(implementation, config.device.type))
-    trainer = make_trainer(model, tokenizer, rows, collate, config, what, layout, step_log, directory, backend)
-
+    config = make_config(directory, what, layout, precision, backend.trainer_settings(order.how))
+    trainer = assemble(directory, order, backend, config, inputs, layout, model)
     resume_from = find_resume(directory, order.stage, is_main)
     with finishing_steps():
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -64,16 +64,60 @@ def train(directory: Path, order: Order, backend: ModuleType) -> dict[str, Any]:
     tensors = {name: tensor for name, tensor in backend.full_tensors(trainer.model) if is_main}
     if not is_main:
         return {}
-    model_folder = export.export_model(directory, trainer.model, tokenizer, tensors, stop_ids(tokenizer, said))
-    moved = export.moved_share(init, model_folder)
-    assert step_log.metrics is not None
-    step_log.metrics.close(weights_moved_share=moved)
+    moved = save(directory, inputs, trainer, tensors)
     return count(directory, layout) | {
+        "seconds_earlier": seconds_until(directory, resume_from),
         "weights_moved_share": moved,
         "new_embedding_rows": num_new_rows,
         "wrapper": trainer.wrapper,
-        "attention": implementation,
+        "attention": model.config._attn_implementation,
     }
+
+
+def read_inputs(directory: Path, order: Order) -> Inputs:
+    """Everything that can be refused is refused here, before anything is loaded or written."""
+    keep_last = (order.how.get("checkpoint") or {}).get("keep_last", 2)
+    init, prepared = resolve_init(order), Path(order.inputs["rows"])
+    check_init(init, order.what["seq_len"], directory, keep_last)
+    said = read_artifact(prepared)["counts"]
+    tokenizer, new_tokens = load_tokenizer(prepared / "tokenizer", init, said.get("added_tokens", []))
+    rows = load_rows(prepared / "rows.arrow", filler_token=end_token(tokenizer))
+    return Inputs(init, tokenizer, new_tokens, rows, said)
+
+
+def assemble(
+    directory: Path, order: Order, backend: ModuleType, config: Any, inputs: Inputs, layout: Layout, model: Any
+) -> RowTrainer:
+    """The trainer with its rows, its log and its backend."""
+    backend.before_trainer(config)
+    sums = StepSums(inputs.said["sources"], config.device)
+    cadence = order.how.get("checkpoint") or {}
+    step_log = StepLog(directory, order.stage, layout.num_steps, sums, cadence, is_main=backend.rank() == 0)
+    trainer = RowTrainer(
+        model=model,
+        args=config,
+        train_dataset=inputs.rows,
+        data_collator=make_collate(attention_plan(model.config._attn_implementation, config.device.type)),
+        processing_class=inputs.tokenizer,
+        callbacks=[step_log],
+        what=order.what,
+        layout=layout,
+        step_log=step_log,
+        directory=directory,
+        backend=backend,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def save(directory: Path, inputs: Inputs, trainer: RowTrainer, tensors: dict[str, Any]) -> float:
+    """Export, and close the metrics; the share of weights that moved."""
+    stops = stop_ids(inputs.tokenizer, inputs.said)
+    folder = export.export_model(directory, trainer.model, inputs.tokenizer, tensors, stops)
+    moved = export.moved_share(inputs.init, folder)
+    assert trainer.step_log.metrics is not None
+    trainer.step_log.metrics.close(weights_moved_share=moved)
+    return moved
 
 
 def plan_layout(what: dict[str, Any], how: dict[str, Any], num_rows: int, world_size: int) -> Layout:
@@ -141,6 +185,12 @@ def stop_ids(tokenizer: Any, said: dict[str, Any]) -> list[int]:
     """The tokens that end a document and, where the rows hold chats, an assistant's turn."""
     turn = said.get("end_of_turn")
     return [end_token(tokenizer), *([turn["id"]] if turn else [])]
+
+
+def seconds_until(directory: Path, resume_from: Path | None) -> float:
+    """What the steps before this process took."""
+    step = checkpoint.step_of(resume_from) if resume_from else 0
+    return round(sum(line["seconds"] for line in read_metrics(directory) if line["step"] <= step), 3)
 
 
 def end_token(tokenizer: Any) -> int:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from tasks.training import checkpoint
@@ -149,33 +148,3 @@ def make_config(
         **precision.trainer_settings,
         **backend_settings,
     )
-
-
-def make_trainer(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Any,
-    collate: Any,
-    config: SFTConfig,
-    what: dict[str, Any],
-    layout: Layout,
-    step_log: StepLog,
-    directory: Path,
-    backend: ModuleType,
-) -> RowTrainer:
-    """The trainer, with the callbacks that print or report removed."""
-    trainer = RowTrainer(
-        model=model,
-        args=config,
-        train_dataset=rows,
-        data_collator=collate,
-        processing_class=tokenizer,
-        callbacks=[step_log],
-        what=what,
-        layout=layout,
-        step_log=step_log,
-        directory=directory,
-        backend=backend,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
