@@ -81,14 +81,14 @@ def write_corpus(path: Path, megabytes: int, seed: int = 0) -> Path:
     """JSON lines of made-up words with Zipf's frequencies; log-normal lengths, numbers, punctuation, some non-ASCII."""
     rng = np.random.default_rng(seed)
     words = np.array(list(_words(rng)), dtype=object)
-    weights = 1 / (np.arange(NUM_WORDS) + 2.7)
-    weights /= weights.sum()
+    cumulative = np.cumsum(1 / (np.arange(NUM_WORDS) + 2.7))
     written = 0
     with path.open("w", encoding="utf-8") as file:
         while written < megabytes * MEGABYTE:
-            for size in rng.lognormal(np.log(MEAN_WORDS), 0.9, 200).astype(int) + 5:
-                drawn = words[rng.choice(NUM_WORDS, size, p=weights)]
-                written += file.write(json.dumps({"text": _text(drawn, rng)}, ensure_ascii=False) + "\n")
+            sizes = rng.lognormal(np.log(MEAN_WORDS), 0.9, 200).astype(int) + 5
+            drawn = words[np.searchsorted(cumulative, rng.random(sizes.sum()) * cumulative[-1])]
+            for some in np.split(drawn + _marks(rng, len(drawn)), np.cumsum(sizes)[:-1]):
+                written += file.write(json.dumps({"text": " ".join(some.tolist())}, ensure_ascii=False) + "\n")
     return path
 
 
@@ -165,14 +165,12 @@ def _words(rng: np.random.Generator) -> Iterator[str]:
         yield word.capitalize() if number % 11 == 0 else word
 
 
-def _text(words: np.ndarray, rng: np.random.Generator) -> str:
-    marks = rng.random(len(words))
-    parts = []
-    for word, mark in zip(words.tolist(), marks.tolist(), strict=True):
-        parts.append(word + ("." if mark < 0.05 else "," if mark < 0.1 else "\n" if mark < 0.11 else ""))
-        if mark > 0.97:
-            parts.append(str(int((mark - 0.97) * 1e6)))
-    return " ".join(parts)
+def _marks(rng: np.random.Generator, number: int) -> np.ndarray:
+    """What follows each word: nothing, a mark, the end of a line, a number."""
+    marks = np.array(["", ".", ",", "\n", " #"], dtype=object)[rng.choice(5, number, p=[0.86, 0.05, 0.05, 0.01, 0.03])]
+    numbers = np.flatnonzero(marks == " #")
+    marks[numbers] = [f" {value}" for value in rng.integers(0, 30_000, len(numbers)).tolist()]
+    return marks
 
 
 def train_tokenizer(folder: Path, corpus: Path) -> None:
