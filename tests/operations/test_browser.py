@@ -1,0 +1,108 @@
+"""In a real browser: start a run from the deployment's form, watch it finish, open artifacts and report.
+
+Chromium is the system's (Debian: apt-get install chromium), driven through Playwright. Screenshots stand in
+.screenshots/ afterwards, to be looked at.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.operations.conftest import Served
+
+pytestmark = pytest.mark.operations
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+SCREENSHOTS = ROOT / ".screenshots"
+CONFIG = "configs/form.yaml"
+
+
+@pytest.fixture(scope="module")
+def page(served: Served) -> Iterator[Any]:
+    """A page of the UI that notes every address it asks for."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="make test-operations installs it")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on the path: apt-get install chromium")
+    SCREENSHOTS.mkdir(exist_ok=True)
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.set_default_timeout(30_000)
+        page.asked = []
+        page.on("request", lambda request: page.asked.append(request.url))
+        yield page
+        browser.close()
+
+
+def test_a_run_from_the_form_to_the_report(served: Served, page: Any) -> None:
+    text = (served.project / "configs/regulator.yaml").read_text()
+    (served.project / CONFIG).write_text(text.replace("seed: 0", "seed: 3"))
+
+    deployment = served.api("/deployments/name/pipeline/cpu")["id"]
+    page.goto(f"{served.url}/deployments/deployment/{deployment}")
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_text("Custom run").click()
+    form = page.locator("form")
+    form.get_by_text("A tag of configs/hardware.yaml").wait_for()
+    shoot(page, "1-form")
+    box(page, "config").fill(CONFIG)
+    shoot(page, "2-form-filled")
+    page.get_by_role("button", name="Submit").click()
+
+    page.get_by_text("Flow run").first.wait_for()
+    [run] = served.api("/flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})
+    assert run["parameters"]["config"] == CONFIG
+    page.goto(f"{served.url}/runs/flow-run/{run['id']}")
+    page.get_by_text("step ").first.wait_for(timeout=120_000)  # a line of progress, live
+    shoot(page, "3-running")
+    page.get_by_text("Completed").first.wait_for(timeout=300_000)
+    page.wait_for_timeout(3000)  # the graph is drawn
+    shoot(page, "4-finished")
+
+    shown = served.artifacts(run["id"])
+    for number, key in enumerate(("plan", "cpt-progress", "prepare-cpt-ledger", "cpt-loss", "results"), start=5):
+        page.goto(f"{served.url}/artifacts/artifact/{shown[key]['id']}")
+        page.get_by_text(key).first.wait_for()
+        page.wait_for_timeout(1500)
+        shoot(page, f"{number}-{key}")
+        if key == "cpt-loss":
+            picture = page.get_by_role("img", name="loss over steps")
+            assert picture.evaluate("image => image.naturalWidth") > 300  # it was drawn
+    page.goto(f"{served.url}/artifacts/artifact/{shown['report']['id']}")
+    link = page.get_by_role("link", name=re.compile("report.html"))
+    link.wait_for()
+    page.goto(link.get_attribute("href"))
+    assert "tiny_bpb" in page.locator("body").inner_text()
+    shoot(page, "10-report")
+
+
+def test_the_form_refuses_a_wrong_value(served: Served, page: Any) -> None:
+    deployment = served.api("/deployments/name/pipeline/cpu")["id"]
+    page.goto(f"{served.url}/deployments/deployment/{deployment}/run")
+    box(page, "config").fill("../outside.yaml")
+    page.get_by_role("button", name="Submit").click()
+    page.get_by_text(re.compile("does not match")).first.wait_for()
+    shoot(page, "11-refused")
+
+
+def test_the_ui_asks_nobody_but_our_server(served: Served, page: Any) -> None:
+    assert len(page.asked) > 50  # it did ask
+    ours = ("http://127.0.0.1:", "data:", "blob:")
+    assert [address for address in page.asked if not address.startswith(ours)] == []
+
+
+def box(page: Any, name: str) -> Any:
+    """The form's text box of a parameter."""
+    return page.locator(f"//*[normalize-space(text())='{name}']/following::*[self::input or self::textarea][1]")
+
+
+def shoot(page: Any, name: str) -> None:
+    page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png", full_page=True)

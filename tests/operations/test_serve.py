@@ -1,0 +1,150 @@
+"""Deployments, schedule, reuse and what one sees, on a real server with a real worker."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import time
+import urllib.request
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from flows.postgres import find_binaries
+from tests.conftest import laws, write_lines
+from tests.operations.conftest import Served, wait_for
+
+pytestmark = pytest.mark.operations
+STAGES = {"prepare_cpt", "prepare_sft", "cpt", "sft", "evaluate", "report"}
+
+
+def test_every_stage_completes_and_shows_what_it_did(served: Served, first_run: str) -> None:
+    assert served.task_states(first_run) == dict.fromkeys(STAGES, "Completed")
+    assert served.api(f"/flow_runs/{first_run}")["name"] == "regulator on cpu"
+    shown = served.artifacts(first_run)
+    for key in ("plan", "prepare-cpt-ledger", "prepare-cpt-mix", "prepare-sft-ledger", "evaluation", "results"):
+        assert json.loads(shown[key]["data"]), key
+    assert {"cpt-progress", "sft-progress", "prepare-cpt-progress", "evaluate-base-progress"} <= set(shown)
+    assert shown["cpt-progress"]["data"] == 100.0
+    assert all(word in shown["cpt-progress"]["description"] for word in ("step", "tok/s", "ETA"))
+
+
+def test_the_loss_curve_is_a_picture_and_the_links_open(served: Served, first_run: str) -> None:
+    shown = served.artifacts(first_run)
+    picture = shown["cpt-loss"]["data"].split("base64,")[1].split(")")[0]
+    assert b"<polyline" in base64.b64decode(picture)
+    link = shown["report"]["data"].split("](")[1].split(")")[0]
+    with urllib.request.urlopen(link) as answer:
+        assert b"tiny_bpb" in answer.read()
+        assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+
+
+def test_log_lines_arrive_within_two_seconds(served: Served) -> None:
+    shutil.copy(served.project / "configs/regulator.yaml", served.project / "configs/logs.yaml")
+    change(served, "configs/logs.yaml", "seed: 0", "seed: 5")
+    run_id = served.start_run("prepare/stage", config="configs/logs.yaml")
+    seen: dict[str, float] = {}
+    while served.api(f"/flow_runs/{run_id}")["state_type"] not in ("COMPLETED", "FAILED"):
+        for line in served.logs(run_id):
+            seen.setdefault(line["id"], time.time() - seconds(line["timestamp"]))
+        time.sleep(0.2)
+    late = [delay for delay in seen.values() if delay > 2.0]
+    assert len(seen) > 5 and not late, sorted(late)
+
+
+def test_a_schedule_over_unchanged_data_reuses_everything_in_ten_seconds(served: Served, first_run: str) -> None:
+    run = run_by_schedule(served)
+    assert run["state_name"] == "Completed", run["state"]["message"]
+    assert served.task_states(run["id"]) == dict.fromkeys(STAGES, "Cached")
+    took = seconds(run["end_time"]) - seconds(run["start_time"])
+    print(f"a scheduled run over unchanged data: {took:.1f} s")
+    assert took <= 10
+
+
+def test_a_new_file_runs_what_depends_on_it_and_nothing_else(served: Served, first_run: str) -> None:
+    write_lines(served.project / "laws2.jsonl", laws(3, first=5000))
+    run = run_by_schedule(served)
+    assert served.task_states(run["id"]) == dict.fromkeys(STAGES, "Completed") | {"prepare_sft": "Cached"}
+    plan = {row["stage"]: row for row in json.loads(served.artifacts(run["id"])["plan"]["data"])}
+    assert [stage for stage in plan if plan[stage]["does"] == "reuse"] == ["prepare_sft", "evaluate_base"]
+    assert "laws2.jsonl is new" in plan["prepare_cpt"]["why"]
+
+
+WRONG = {
+    "hardware": ("cpux", "'cpux' is not one of ['cpu', 'cpu-x2'"),
+    "config": ("../secrets.yaml", "config"),
+    "only": ("train", "'train' is not"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_server_refuses_a_wrong_parameter(served: Served, name: str) -> None:
+    value, said = WRONG[name]
+    with pytest.raises(AssertionError, match=r"409|422") as refused:
+        served.start_run(**{name: value})
+    assert said in str(refused.value)
+
+
+def test_a_config_that_is_wrong_inside_fails_with_our_message(served: Served) -> None:
+    shutil.copy(served.project / "configs/regulator.yaml", served.project / "configs/wrong.yaml")
+    change(served, "configs/wrong.yaml", "tokens: 4096", "tokens: -1")
+    run_id = served.start_run(config="configs/wrong.yaml")
+    run = served.wait_for_run(run_id)
+    assert run["state_name"] == "Failed"
+    assert "configs/wrong.yaml:12, key cpt.tokens" in run["state"]["message"]
+    logged = "\n".join(line["message"] for line in wait_for(lambda: served.logs(run_id)))
+    assert "Traceback" not in logged
+
+
+def test_a_failed_worker_shows_its_last_lines(served: Served) -> None:
+    shutil.copy(served.project / "configs/regulator.yaml", served.project / "configs/broken.yaml")
+    change(served, "configs/broken.yaml", "path: ./base", "path: ./broken")
+    shutil.copytree(served.project / "base", served.project / "broken")
+    weights = served.project / "broken/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    run = served.wait_for_run(served.start_run(config="configs/broken.yaml", until="cpt"))
+    assert run["state_name"] == "Failed"
+    assert "safetensor" in run["state"]["message"].lower(), run["state"]["message"]
+
+
+def test_a_tag_of_another_pool_goes_to_that_pool(served: Served) -> None:
+    run = served.wait_for_run(served.start_run(hardware="1xh200"))
+    assert run["state_name"] == "HandedOver"
+    wanted = {"flow_runs": {"tags": {"all_": ["handed-over"]}}}
+    [there] = served.api("/flow_runs/filter", wanted)
+    assert there["work_pool_name"] == "gpu-single" and there["parameters"]["hardware"] == "1xh200"
+    served.api(f"/flow_runs/{there['id']}", method="DELETE")
+
+
+def test_postgresql_is_used_where_it_is_installed(served: Served) -> None:
+    if find_binaries() is None:
+        pytest.skip("PostgreSQL is not installed here: Debian's package is postgresql")
+    said = served.output.read_text()
+    assert "PostgreSQL in" in said
+    assert "database is locked" not in (served.project / ".prefect/logs/server.log").read_text()
+
+
+def run_by_schedule(served: Served) -> dict[str, Any]:
+    """Give the deployment a schedule that fires within a minute; the run that it made, once it has ended."""
+    deployment = served.api("/deployments/name/pipeline/cpu")["id"]
+    schedule = [{"active": True, "schedule": {"cron": "* * * * *", "timezone": "UTC"}}]
+    [made] = served.api(f"/deployments/{deployment}/schedules", schedule)
+    wanted = {"flow_runs": {"tags": {"all_": ["auto-scheduled"]}, "state": {"type": {"any_": ["RUNNING", "PENDING"]}}}}
+    try:
+        [run] = wait_for(lambda: served.api("/flow_runs/filter", wanted), 120)
+    finally:
+        served.api(f"/deployments/{deployment}/schedules/{made['id']}", method="DELETE")
+    return served.wait_for_run(run["id"])
+
+
+def change(served: Served, config: str, before: str, after: str) -> None:
+    path = served.project / config
+    text = path.read_text()
+    assert text.count(before) == 1, text
+    path.write_text(text.replace(before, after))
+
+
+def seconds(timestamp: str) -> float:
+    return datetime.fromisoformat(timestamp.replace("Z", "+00:00")).timestamp()
