@@ -116,7 +116,7 @@ def _evaluate(runs: Path, role: str) -> Path:
         text = task == "violations"
         lines = [
             {"doc_id": i, "prompt": f"form {i} {HOSTILE}", "target": f"directive {i} {FENCE}",
-             "response": f"{role} says {i} {HOSTILE} {BACKTICKS}" if text else -12.5, "metrics": {"rouge": 0.5}}
+             "response": f"{role} says {i} {HOSTILE} {BACKTICKS}" if text else -12.5, "metrics": {"overlap": 0.5}}
             for i in range(12)
         ]  # fmt: skip
         (directory / "samples" / f"{task}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
