@@ -41,6 +41,7 @@ def read_corpus(plans: list[SourcePlan], settled: Settled, what: dict[str, Any],
     """Read all sources once; the result does not depend on `processes`."""
     files = all_files(plans)
     tokens, index = _encode_and_spill(plans, settled, what, processes, work, files)
+    say(f"{'prepare':<14}looks for duplicates among {len(index):,} documents")
     duplicates = mark_duplicates(index)
     corpus = Corpus(files, tokens, index, [{} for _ in plans])
     _settle_overflow(plans, index, what)

@@ -22,6 +22,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from tasks.errors import UserError
+from tasks.progress import say
 from tasks.stage import write_json, write_text
 
 GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer", None)
@@ -56,6 +57,7 @@ def copy_tokenizer(model: str, folder: Path) -> None:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         return
+    say(f"{'prepare':<14}loads the tokenizer of {model}")
     from transformers import AutoTokenizer
 
     path, _, revision = (model, "", "") if source.is_dir() else model.partition("@")

@@ -102,6 +102,14 @@ def test_a_hub_dataset_streams_through_datasets(stage: Stage, tmp_path: Path) ->
     assert json.loads((stage({"a": hub}) / "ledger.json").read_text())["total"]["kept"]["documents"] == len(TEXTS)
 
 
+def test_a_hub_dataset_that_cannot_be_opened_is_an_error(stage: Stage, tmp_path: Path) -> None:
+    gone = str(tmp_path / "gone")
+    hub = {"spec": {"hf": {"id": gone}, "text": "text"}, "hf": {"id": gone, "split": "train"}}
+    text = (stage({"a": hub}, exit_code=EXIT_USER_ERROR) / "error.txt").read_text()
+    assert f"the hub dataset {gone}:train cannot be opened" in text
+    assert "sources.a.hf" in text
+
+
 ANSWERED = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": "An answer."}]
 GOOD_TEXT = json.dumps({"text": TEXTS[0]}).encode()
 GOOD_CHAT = json.dumps({"m": ANSWERED}).encode()
