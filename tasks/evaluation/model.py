@@ -73,7 +73,7 @@ class WatchedLM(HFLM):  # type: ignore[misc]
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Scores of continuations after their contexts."""
         longest = max(self._count("".join(request.args)) for request in requests)
-        with self._watched("choices scored", requests, longest, self._logit_bytes()):
+        with self._watched("continuations scored", requests, longest, self._logit_bytes()):
             return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:

@@ -93,7 +93,7 @@ def test_document_scores_are_those_of_the_bare_model(evaluated: Evaluated) -> No
 
 def test_there_is_a_sign_of_life_in_every_phase(evaluated: Evaluated) -> None:
     for what in ("loading lm-eval", "reading 3 tasks", "loading the model", "answers generated 6/6",
-                 "choices scored 15/15", "documents scored 9/9", "done: 3 tasks, 20 samples"):  # fmt: skip
+                 "continuations scored 15/15", "documents scored 9/9", "done: 3 tasks, 20 samples"):  # fmt: skip
         assert f"\n[steep] evaluate_base {what}" in f"\n{evaluated.log}"
     assert "it/s]" not in evaluated.log  # a bar would be glued to what is said
 
