@@ -114,6 +114,8 @@ def _messages(turns: Any, field: str, where: str) -> list[Message]:
     messages = []
     for number, turn in enumerate(_turns(turns, field, where)):
         at = f"{where}, {field}[{number}]"
+        if turn.get("content") is None and turn.get("tool_calls"):
+            turn = {**turn, "content": ""}  # a turn may be nothing but calls
         message = {"role": _text(turn, "role", at), "content": _text(turn, "content", at)}
         extra = {key: value for key, value in turn.items() if key not in message and value is not None}
         messages.append(message | extra)  # tool calls, names: the template decides

@@ -206,6 +206,31 @@ def test_the_ledger_adds_up_over_all_sources(stage: Stage, tmp_path: Path) -> No
     assert found["total"]["packed"]["tokens"] == read_artifact(directory)["counts"]["tokens"]
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_any_mix_balances(stage: Stage, tmp_path: Path, seed: int) -> None:
+    """Random sources with duplicates, empty and too long records, random shares, budgets, row lengths."""
+    rng = np.random.default_rng(seed)
+    given, names = {}, ["a", "b", "c", "d"][: int(rng.integers(1, 5))]
+    for name in names:
+        make = make_chats if rng.random() < 0.4 else make_documents
+        path = make(tmp_path / f"{name}.jsonl", int(rng.integers(150, 400)), seed=int(rng.integers(0, 3)))
+        lines = path.read_text().splitlines()
+        lines += [lines[i] for i in rng.integers(0, len(lines), 20)]
+        lines += ['{"text": ""}', '{"text": "short"}'] if make is make_documents else []
+        path.write_text("\n".join(lines))
+        given[name] = source(path, **({"messages": "messages"} if make is make_chats else {"text": "text"}))
+    replay = {names[-1]: float(rng.uniform(0.02, 0.2))} if len(names) > 1 else {}
+    mixed = names[: len(names) - len(replay)]
+    mix = {name: float(share) for name, share in zip(mixed, rng.dirichlet([20] * len(mixed)), strict=True)}
+    what = {"mix": mix, "replay": replay, "overflow": str(rng.choice(["drop", "truncate"])), "seed": seed,
+            "seq_len": int(rng.choice([64, 150, 256])), "epochs": float(rng.uniform(0.7, 2.5)),
+            "max_epochs": {"mix": 9, "replay": 9}}  # fmt: skip
+    directory = stage(given, **what)
+    total = read_json(directory / "ledger.json")["total"]
+    assert total["duplicate"]["documents"] > 0
+    assert total["packed"]["tokens"] == read_artifact(directory)["counts"]["tokens"] > 0
+
+
 def test_examples_show_what_is_trained_on(stage: Stage, tmp_path: Path) -> None:
     c = make_chats(tmp_path / "c.jsonl", 20)
     directory = stage({"c": source(c, messages="messages")})
