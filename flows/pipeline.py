@@ -21,6 +21,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 
 from flows.console import calm
+from flows.credentials import load_secrets
 from flows.parameters import DEFAULT_CONFIG, Config, HardwareOrDefault, Stage
 from flows.routing import hand_over
 from tasks.artifacts import show_plan
@@ -63,6 +64,7 @@ def pipeline(
     said = {"config": config, "only": only, "until": until, "force": force}
     if elsewhere := hand_over(hardware or load_config(config).hardware, said):
         return elsewhere
+    load_secrets()
     plan = load_plan(config, hardware)
     wanted = select(plan, only, until)
     show_plan(plan)

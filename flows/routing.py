@@ -28,7 +28,7 @@ def hand_over(tag: str, parameters: dict[str, Any]) -> State[None] | None:
     pool = load_hardware(tag).work_pool
     if here is None or here == pool or context is None or context.flow_run is None:
         return None
-    if HANDED_OVER in context.flow_run.tags:  # or two wrong deployments would send it to and fro for ever
+    if HANDED_OVER in context.flow_run.tags:  # or two wrong deployments would send it back and forth for ever
         raise UserError(
             f"the tag '{tag}' belongs to the work pool {pool}, and the deployment pipeline/{pool} runs in {here}",
             where="prefect.yaml",
