@@ -133,7 +133,7 @@ def _check_sizes(backend: Tokenizer, what: dict[str, Any]) -> None:
     size, rows = max(backend.get_vocab(with_added_tokens=True).values()) + 1, what["vocab_size"]
     padding = max(MIN_PADDING_ROWS, int(rows * MAX_PADDING_SHARE))
     if not size <= rows <= size + padding:
-        raise UserError(f"tokenizer and model differ: {size:,} tokens, {rows:,} embedding rows", where="config.json",
+        raise UserError(f"tokenizer and model differ in vocabulary: {size:,} and {rows:,}", where="config.json",
                         allowed=f"{size:,} to {size + padding:,} (models pad their embedding a little)",
                         todo="use the tokenizer that belongs to the model")  # fmt: skip
     if what.get("max_positions") and what["seq_len"] > what["max_positions"]:

@@ -22,6 +22,18 @@ UNMARKED = """{%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
 {%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
 TRIMMING = UNMARKED.replace("message['content']", "message['content'] | trim")
+# The shape of Llama 3's: a token before everything, turns trimmed.
+HEADERS = """{{- bos_token }}{%- for message in messages -%}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' -}}
+{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}{%- endif -%}"""
+# The shape of Qwen 3's: earlier thoughts are cut out of a chat, and the last answer gets an empty one.
+THINKING = """{%- for message in messages -%}{%- set content = message.content -%}
+{%- if message.role == 'assistant' -%}
+{%- if '</think>' in content -%}{%- set content = content.split('</think>')[-1].lstrip('\n') -%}{%- endif -%}
+{{- '<|im_start|>assistant\n' -}}{%- if loop.last -%}{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}
+{{- content.lstrip('\n') + '<|im_end|>\n' -}}
+{%- else -%}{{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' -}}{%- endif -%}
+{%- endfor -%}"""
 CHAT = [
     {"role": "system", "content": "You watch the bank."},
     {"role": "user", "content": "Which ratio is open?"},
@@ -65,16 +77,24 @@ def template_file(folder: Path, text: str) -> dict[str, str]:
     return {"path": str(folder / "template.jinja"), "sha256": ""}
 
 
-@pytest.mark.parametrize("template", [CHATML.read_text(), UNMARKED, TRIMMING], ids=["marked", "unmarked", "trimming"])
+@pytest.mark.parametrize(("template", "end", "trims"), [
+    (CHATML.read_text(), "<|im_end|>", False), (UNMARKED, "<|im_end|>", False), (TRIMMING, "<|im_end|>", True),
+    (HEADERS, "<|eot_id|>", True), (THINKING, "<|im_end|>", False),
+], ids=["marked", "unmarked", "trimming", "headers", "thinking"])  # fmt: skip
 def test_trained_on_is_what_the_assistant_says_and_the_end_of_its_turn(
-    stage: Stage, tmp_path: Path, template: str
+    stage: Stage, tmp_path: Path, template: str, end: str, trims: bool
 ) -> None:
+    make_tokenizer(tmp_path / "model")
+    config = {"tokenizer_class": "TokenizersBackend", "eos_token": EOS, "bos_token": EOS}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config))
     path = write_lines(tmp_path / "c.jsonl", [{"m": CHAT}])
-    directory = stage({"c": source(path, messages="m")}, chat_template=template_file(tmp_path, template))
+    given = template_file(tmp_path, template)
+    directory = stage({"c": source(path, messages="m")}, chat_template=given, model=tmp_path / "model")
     [(text, trained)] = decoded(directory)
-    last = "None of them." if template == TRIMMING else " None of them.\n"
-    assert text.endswith(f"<|im_start|>assistant\n{last}<|im_end|>\n")
-    assert trained == f"The capital ratio.<|im_end|>{last}<|im_end|>"
+    last = "None of them." if trims else " None of them.\n"
+    assert f"{last}{end}" in text
+    assert trained == f"The capital ratio.{end}{last}{end}"
+    assert text.startswith(EOS) == (template == HEADERS)
 
 
 def test_ids_and_mask_are_those_of_transformers(stage: Stage, tmp_path: Path) -> None:

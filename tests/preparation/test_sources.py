@@ -210,8 +210,8 @@ def test_chats_in_a_text_file_are_refused(stage: Stage, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("what", "eos", "message"), [
     ({}, None, "names no EOS token"),
     ({}, "<|gone|>", "'<|gone|>', which is not in its vocabulary"),
-    ({"vocab_size": 100}, "<|endoftext|>", "tokenizer and model differ"),
-    ({"vocab_size": 32_000}, "<|endoftext|>", "tokenizer and model differ"),
+    ({"vocab_size": 100}, "<|endoftext|>", "tokenizer and model differ in vocabulary"),
+    ({"vocab_size": 32_000}, "<|endoftext|>", "tokenizer and model differ in vocabulary"),
     ({"max_positions": 128}, "<|endoftext|>", "seq_len is 256, the model has 128 positions"),
 ])  # fmt: skip
 def test_a_tokenizer_that_does_not_fit_is_an_error(
