@@ -175,7 +175,7 @@ def test_sigkill_while_saving_training_or_exporting_changes_no_bit(
 
 def test_of_two_workers_one_waits_and_says_for_whom(stories: dict[str, Future[Any]]) -> None:
     log = (stories["killed"].result() / "worker.log").read_text()
-    assert log.count("is being computed by process") == 1
+    assert log.count("is being computed by") == 1
     assert log.count("done: loss") == 1
 
 
