@@ -31,11 +31,16 @@ def compute(stages: Sequence[Planned], module: str, say: Say, force: bool = Fals
         if not todo:
             return True
         directories = [_order(planned, say) for planned in todo]
-        on_hub = any("hf" in source for p in todo for source in p.order.what.get("sources", {}).values())
+        on_hub = any(_needs_hub(planned.order) for planned in todo)
         run_worker(module, directories, todo[0].order.how, forward=say, lock_descriptors=descriptors, hub=on_hub)
         for directory in directories:
             assert (directory / ARTIFACT).is_file(), f"{module} exited with 0 and left no artifact in {directory}"
     return False
+
+
+def _needs_hub(order: Order) -> bool:
+    """Whether the config names data of the hub: a source, or a task of lm-eval's own."""
+    return bool(order.how.get("hub")) or any("hf" in source for source in order.what.get("sources", {}).values())
 
 
 def _lock(planned: Planned, say: Say):  # type: ignore[no-untyped-def]  # a context manager over a descriptor

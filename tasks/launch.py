@@ -20,7 +20,7 @@ from typing import Any
 
 from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError, parse
 from tasks.progress import MARK
-from tasks.stage import ERROR, LOCK_FD_VARIABLE, LOG
+from tasks.stage import ERROR, LOCK_FD_VARIABLE, LOG, PREEMPTED
 
 POLL_SECONDS = 0.2
 TAIL_LINES = 25
@@ -59,10 +59,12 @@ def run_worker(
 ) -> None:
     """Run `python -m MODULE DIRECTORY...`, under torchrun when `how` asks for several processes, and wait for it.
 
-    The log and `error.txt` are those of the first directory. Raises `UserError`, `Preempted` or `WorkerFailed`.
+    The log is that of the first directory. Raises `UserError`, `Preempted` or `WorkerFailed`.
     """
-    log, error = directories[0] / LOG, directories[0] / ERROR
-    error.unlink(missing_ok=True)
+    log = directories[0] / LOG
+    for directory in directories:
+        for said in (ERROR, PREEMPTED):  # of an earlier try
+            (directory / said).unlink(missing_ok=True)
     guard = [sys.executable, "-m", "tasks.guard", "--grace", str(GRACE_SECONDS), "--"]
     worker = [*python_command(module, how), *map(str, directories)]
     tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -87,7 +89,7 @@ def run_worker(
                 process.send_signal(signal.SIGTERM)
                 process.wait()
             follow(last=True)
-    _raise_for(process.returncode, f"{module} {directories[0].name}", log, error, tail)
+    _raise_for(process.returncode, f"{module} {directories[0].name}", directories, tail)
 
 
 def python_command(module: str, how: dict[str, Any]) -> list[str]:
@@ -105,6 +107,7 @@ def worker_environment(how: dict[str, Any], lock_descriptors: Sequence[int], hub
     threads = how.get("threads") or max(1, (os.cpu_count() or 1) // int(how.get("processes", 1)))
     if how.get("device") == "cpu":
         environment["OMP_NUM_THREADS"] = str(threads)
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on shared cores
     if lock_descriptors:
         environment[LOCK_FD_VARIABLE] = str(lock_descriptors[0])
     return environment
@@ -128,11 +131,16 @@ class _Follower:
                 self.tail.append(line)
 
 
-def _raise_for(code: int, command: str, log: Path, error: Path, tail: Sequence[str]) -> None:
+def _raise_for(code: int, command: str, directories: Sequence[Path], tail: Sequence[str]) -> None:
+    """What the exit code means; torchrun turns every code into 1, so what a worker wrote down counts first."""
     if code == 0:
         return
-    if code == EXIT_USER_ERROR or error.exists():
-        raise parse(error.read_text()) if error.exists() else UserError(f"the input was refused; see {log}")
-    if code == EXIT_PREEMPTED:
-        raise Preempted(f"{command} was stopped and saved a checkpoint; run the same command again to resume")
+    log = directories[0] / LOG
+    for error in (directory / ERROR for directory in directories):
+        if error.exists():
+            raise parse(error.read_text())
+    if code == EXIT_USER_ERROR:
+        raise UserError(f"the input was refused; see {log}")
+    if code == EXIT_PREEMPTED or any((directory / PREEMPTED).exists() for directory in directories):
+        raise Preempted(f"{command} was stopped and can be resumed; run the same command again")
     raise WorkerFailed(command, code, log, tail)

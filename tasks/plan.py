@@ -150,16 +150,18 @@ def _evaluate_orders(
 ) -> list[Order]:
     if run.evaluate is None:
         return []
+    files, on_hub = resolve_task_files(run.evaluate, config_path, digests)
     common = {
         "tasks": {"domain": run.evaluate.domain, "general": run.evaluate.general},
-        "files": resolve_task_files(run.evaluate, config_path, digests),
+        "files": files,
         "limit": run.evaluate.limit,
     }
-    return [
-        Order(f"evaluate_{role}", "evaluate", run.name, {"model": {"role": role, **identity}, **common}, {},
-              {"model": path, "include_path": run.evaluate.include_path})
-        for role, (identity, path) in models.items()
-    ]  # fmt: skip
+    orders = []
+    for role, (identity, path) in models.items():
+        what = {"model": {"role": role, **identity}, **common}
+        inputs = {"model": path, "include_path": run.evaluate.include_path}
+        orders.append(Order(f"evaluate_{role}", "evaluate", run.name, what, {"hub": on_hub}, inputs))
+    return orders
 
 
 def _report_order(run: Run, made: list[Order], runs: Path) -> Order:

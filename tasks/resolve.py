@@ -113,8 +113,11 @@ def resolve_sources(run: Run, config_path: Path, names: list[str], digests: Dige
     return resolved
 
 
-def resolve_task_files(evaluate: Evaluate, config_path: Path, digests: Digests) -> list[dict[str, str]]:
-    """Every file that the run's own lm-eval tasks consist of: YAML, Python beside it, and their data, with digests."""
+def resolve_task_files(evaluate: Evaluate, config_path: Path, digests: Digests) -> tuple[list[dict[str, str]], bool]:
+    """Every file that the run's own lm-eval tasks consist of (YAML, Python beside it, their data), with digests.
+
+    Also whether the config names tasks that are none of them: those are lm-eval's own, and their data is the hub's.
+    """
     folder = Path(evaluate.include_path)
     if not folder.is_dir():
         where = locate(config_path, "evaluate", "include_path")
@@ -125,7 +128,8 @@ def resolve_task_files(evaluate: Evaluate, config_path: Path, digests: Digests) 
         task = yaml.load(file.read_text(), Loader=_TaskYaml) or {}
         if task.get("task") in wanted:
             files += _task_data(task, file)
-    return [{"path": str(file), "sha256": digests.of(file)} for file in dict.fromkeys(files)]
+            wanted.discard(task["task"])
+    return [{"path": str(file), "sha256": digests.of(file)} for file in dict.fromkeys(files)], bool(wanted)
 
 
 def _construct_text(_loader: yaml.SafeLoader, node: yaml.Node) -> str:

@@ -32,7 +32,8 @@ from tasks.errors import UserError
 
 # Bumped when a worker's output changes for the same order; part of every key.
 VERSIONS = {"prepare": 1, "train": 1, "evaluate": 1, "report": 1}
-ORDER, ARTIFACT, LOG, ERROR = "order.json", "artifact.json", "worker.log", "error.txt"
+ORDER, ARTIFACT, LOG = "order.json", "artifact.json", "worker.log"
+ERROR, PREEMPTED = "error.txt", "preempted.txt"  # what a worker that did not finish left to say
 KEY_HEX_DIGITS = 10
 LOCK_FD_VARIABLE = "STEEP_LOCK_FD"  # set for a worker whose launcher holds the stage's lock
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "lm-eval", "prefect", "pandas")

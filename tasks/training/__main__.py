@@ -16,11 +16,10 @@ from pathlib import Path
 
 from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from tasks.progress import say
-from tasks.stage import ERROR, finish, is_done, read_order, stage_lock, write_text
+from tasks.stage import ERROR, PREEMPTED, finish, is_done, read_order, stage_lock, write_text
 from tasks.training import checkpoint
 from tasks.training.preemption import Preempted, listen
 
-PREEMPTED = "preempted.txt"
 # transformers and TRL import these where they find them, for functions that we do not call: 2 of 7.7 s of start-up.
 UNUSED = ("sklearn", "scipy", "peft")
 OFFLINE = {
