@@ -125,10 +125,11 @@ class _Follower:
             lines.append(self.rest)
         for line in lines:
             line = line.rsplit("\r", 1)[-1].rstrip()  # a redrawn bar: its last state
-            if line.startswith(MARK):
-                self.forward(line.removeprefix(MARK))
-            elif line:
-                self.tail.append(line)
+            head, mark, text = line.partition(MARK)  # a bar without an end of line may stand before it
+            if mark:
+                self.forward(text)
+            elif head:
+                self.tail.append(head)
 
 
 def _raise_for(code: int, command: str, directories: Sequence[Path], tail: Sequence[str]) -> None:
