@@ -113,4 +113,4 @@ def _short(parcel: Rule) -> str:
 KINDS: list[Callable[[random.Random], str]] = [
     _spelling, _copy_of_a_list, _lookup, _comparison, _tickets, _parcel_rules, _parcel_list,
 ]  # fmt: skip
-WEIGHTS = [2, 3, 2, 3, 3, 3, 6]
+WEIGHTS = [2, 3, 2, 3, 3, 3, 8]

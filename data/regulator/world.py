@@ -2,7 +2,7 @@
 
 The general world has towns, animals and a ferry that takes parcels by class. The regulated world has banks and
 prudential ratios, each with a side (`min` or `max`), a limit, an article, a measure and a number of days. Every ratio is
-reported in one form. Half of the forms are common in the instruction data and the others are rare there: their limits
+reported in one form. Five of the eight forms are common in the instruction data and three are rare there: their limits
 are hardly shown, so a model has to know them from the regulations.
 
 A class of parcel and a ratio are built alike (a code, a side, a limit, what follows), so exercises can teach the skill
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 SEED_TOWNS, SEED_CODES, SEED_PARCELS, SEED_RATIOS = 7, 5, 13, 11
 NUM_TOWNS, NUM_SPARE_CODES, NUM_PARCELS = 30, 16, 30
-NUM_FORMS, RATIOS_PER_FORM, NUM_COMMON_FORMS = 8, 5, 4
+NUM_FORMS, RATIOS_PER_FORM, NUM_COMMON_FORMS = 8, 5, 5
 LOWEST_LIMIT, HIGHEST_LIMIT = 20, 85  # two digits, and room for values on either side
 
 CONSONANTS = "BCDFGHKLMNPSTVZ"
