@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from tests.operations.conftest import Served
+from tests.operations.conftest import Served, wait_for
 
 pytestmark = pytest.mark.operations
 CHROMIUM = next(
@@ -53,17 +53,21 @@ def test_a_run_from_the_form_to_the_report(served: Served, page: Any) -> None:
     form = page.locator("form")
     form.get_by_text("A tag of configs/hardware.yaml").wait_for()
     shoot(page, "1-form")
-    box(page, "config").fill(CONFIG)
+    page.locator("textarea").first.fill(CONFIG)
     shoot(page, "2-form-filled")
     page.get_by_role("button", name="Submit").click()
 
-    page.get_by_text("Flow run").first.wait_for()
-    [run] = served.api("/flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})
-    assert run["parameters"]["config"] == CONFIG
+    wanted = {"flow_runs": {"state": {"type": {"not_any_": ["SCHEDULED"]}}}}
+    found = wait_for(
+        lambda: [r for r in served.api("/flow_runs/filter", wanted) if r["parameters"]["config"] == CONFIG]
+    )
+    [run] = found
     page.goto(f"{served.url}/runs/flow-run/{run['id']}")
-    page.get_by_text("step ").first.wait_for(timeout=120_000)  # a line of progress, live
+    page.get_by_text(re.compile(r"step \d+/\d+")).first.wait_for(timeout=120_000)  # a line of progress, live
     shoot(page, "3-running")
-    page.get_by_text("Completed").first.wait_for(timeout=300_000)
+    assert served.wait_for_run(run["id"])["state_name"] == "Completed"
+    page.reload()
+    page.get_by_text("6 Task runs").wait_for()
     page.wait_for_timeout(3000)  # the graph is drawn
     shoot(page, "4-finished")
 
@@ -87,7 +91,7 @@ def test_a_run_from_the_form_to_the_report(served: Served, page: Any) -> None:
 def test_the_form_refuses_a_wrong_value(served: Served, page: Any) -> None:
     deployment = served.api("/deployments/name/pipeline/cpu")["id"]
     page.goto(f"{served.url}/deployments/deployment/{deployment}/run")
-    box(page, "config").fill("../outside.yaml")
+    page.locator("textarea").first.fill("../outside.yaml")
     page.get_by_role("button", name="Submit").click()
     page.get_by_text(re.compile("does not match")).first.wait_for()
     shoot(page, "11-refused")
@@ -97,11 +101,6 @@ def test_the_ui_asks_nobody_but_our_server(served: Served, page: Any) -> None:
     assert len(page.asked) > 50  # it did ask
     ours = ("http://127.0.0.1:", "data:", "blob:")
     assert [address for address in page.asked if not address.startswith(ours)] == []
-
-
-def box(page: Any, name: str) -> Any:
-    """The form's text box of a parameter."""
-    return page.locator(f"//*[normalize-space(text())='{name}']/following::*[self::input or self::textarea][1]")
 
 
 def shoot(page: Any, name: str) -> None:

@@ -22,7 +22,9 @@ def test_what_progress_says_is_read_back(capsys: pytest.CaptureFixture[str]) -> 
     assert reading.text.startswith("step 300/1,200, loss 2.130, 9,812 tok/s, ETA 0:0")
 
 
-@pytest.mark.parametrize("line", ["cpt           starting", "cpt           done: loss 5.7, 445 tok/s", "report 3/4 of it"])
+@pytest.mark.parametrize(
+    "line", ["cpt           starting", "cpt           done: loss 5.7, 445 tok/s", "report 3/4 of it"]
+)
 def test_other_lines_are_no_progress(line: str) -> None:
     assert read(line) is None
 

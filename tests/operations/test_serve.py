@@ -93,7 +93,7 @@ def test_a_config_that_is_wrong_inside_fails_with_our_message(served: Served) ->
     run_id = served.start_run(config="configs/wrong.yaml")
     run = served.wait_for_run(run_id)
     assert run["state_name"] == "Failed"
-    assert "configs/wrong.yaml:12, key cpt.tokens" in run["state"]["message"]
+    assert "configs/wrong.yaml:11, key cpt.tokens" in run["state"]["message"]
     logged = "\n".join(line["message"] for line in wait_for(lambda: served.logs(run_id)))
     assert "Traceback" not in logged
 
