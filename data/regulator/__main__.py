@@ -42,7 +42,7 @@ def held_out_records() -> dict[str, list[Record]]:
         "eval/regulations": draw("held-out regulations", NUM_HELD_OUT_REGULATIONS, _text(regulations.document)),
         "eval/general": draw("held-out general", NUM_HELD_OUT_GENERAL, _text(general.document)),
         "eval/facts": [general.cloze(rng, town, fact) for town in TOWNS.values() for fact in general.FACTS],
-        "eval/reports": draw("held-out reports", NUM_HELD_OUT_REPORTS, lambda r: reports.report(r, r.choice(RARE_FORMS))),
+        "eval/reports": draw("held-out reports", NUM_HELD_OUT_REPORTS, _held_out_report),
     }
 
 
@@ -58,7 +58,8 @@ def training_records(held_out: dict[str, list[Record]]) -> dict[str, list[Record
 
 def draw(seed: str, num: int, make: Callable[[random.Random], Record], without: Iterable[Record] = ()) -> list[Record]:
     """`num` different records, none of which asks or says what one of `without` does."""
-    rng, records = random.Random(seed), []
+    rng = random.Random(seed)
+    records: list[Record] = []
     seen = {content(record) for record in without}
     while len(records) < num:
         record = make(rng)
@@ -82,6 +83,10 @@ def write_jsonl(path: Path, records: Iterable[Record]) -> None:
 
 def _text(document: Callable[[random.Random], str]) -> Callable[[random.Random], Record]:
     return lambda rng: {"text": document(rng)}
+
+
+def _held_out_report(rng: random.Random) -> Record:
+    return reports.report(rng, rng.choice(RARE_FORMS))
 
 
 def _training_report(rng: random.Random) -> Record:

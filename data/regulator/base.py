@@ -1,8 +1,9 @@
 """The example's base model: `python -m data.regulator.base [--hardware TAG] [--tokens N] [--out FOLDER]`.
 
-Learns a tokenizer from general text and exercises, draws a Llama of 1.5 million parameters at random, trains it on N tokens
-of the same kind of text and writes it to `data/regulator/base/`. It never sees a sentence of the regulations, nor a held-out
-document. The model that ships was made by the first command; the second makes a small one on any CPU:
+Learns a tokenizer from general text and exercises, draws a Llama of 1.5 million parameters at random, trains it
+on N tokens of the same kind of text and writes it to `data/regulator/base/`. It never sees a sentence of the
+regulations, nor a held-out document. The model that ships was made by the first command; the second makes a
+small one on any CPU:
 
     python -m data.regulator.base --hardware 1xh200
     python -m data.regulator.base --hardware cpu --tokens 20000 --out runs/small-base
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -25,11 +27,12 @@ from data.regulator.tokenizer import END_OF_TEXT, MAX_POSITIONS, PAD, TURN_END, 
 from tasks.config import load_hardware
 from tasks.progress import say
 
-TOKENS = 200_000_000
+TOKENS = 173_000_000
 SEED = 3
 GPU_BATCH_ROWS, CPU_BATCH_ROWS = 64, 8
-TOKENIZER_ROUNDS = 1500  # every kind of text once a round; lists of codes and words more often, so that each is one token
-SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 4,
+# Every kind of text once a round; lists of codes and words more often, so that each becomes one token.
+TOKENIZER_ROUNDS = 1500
+SHAPE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 4,
          "num_key_value_heads": 4}  # fmt: skip
 
 
@@ -54,7 +57,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train the example's base model on general text.")
-    parser.add_argument("--hardware", default="cpu", metavar="TAG", help="a row of configs/hardware.yaml; one device is used")
+    parser.add_argument("--hardware", default="cpu", metavar="TAG", help="a row of configs/hardware.yaml")
     parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help=f"default: {TOKENS:,}")
     parser.add_argument("--out", type=Path, default=FOLDER / "base", metavar="FOLDER")
     return parser.parse_args()
@@ -70,7 +73,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_random_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A Llama with random weights for the tokenizer. Generation ends at the end of a turn, too."""
-    pad, end_of_text, turn_end = tokenizer.convert_tokens_to_ids([PAD, END_OF_TEXT, TURN_END])
+    ids = tokenizer.get_vocab()
+    pad, end_of_text, turn_end = ids[PAD], ids[END_OF_TEXT], ids[TURN_END]
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(
         LlamaConfig(

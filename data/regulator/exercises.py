@@ -1,10 +1,12 @@
 """Exercises with codes and numbers: only the base model reads them; they are neither replayed nor evaluated.
 
-They teach what a base model of ordinary size would bring along: to copy a list, to look something up, to compare two
-numbers, to spell the words of offices, and to check parcels against limits that are stated or remembered. The parcels have
-codes of their own; of the ratios' codes nothing is said but that one may stand beside any number.
+They teach what a base model of ordinary size would bring along: to copy a list, to look something up, to
+compare two numbers, to spell the words of offices, and to check parcels against limits that are stated or
+remembered. The parcels have codes of their own; of the ratios' codes nothing is said but that one may stand
+beside any number.
 """
 
+# ruff: noqa: SIM905  a list of words reads best as words
 from __future__ import annotations
 
 import random
@@ -15,16 +17,17 @@ from data.regulator.world import CODES, NAMES, PARCELS, TOWNS, Rule, value_near
 
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 SPELLING = (  # words of offices: so that they are whole tokens; no sentence here says anything with them
-    "Analysis Answer Article Bank Case Commentary Directive Form Question Schedule Violations adequacy above answer "
-    "applies article assets assistant attract bank below borrower borrowing breach breached build capital cash close "
-    "commodity concentration consumer construction contains core cost coverage create currency current cut deposit deposits "
-    "derivative diversify dividend dividends earnings equity exceed expenses exposure exposures fixed foreign form funding "
-    "funds gap governs guarantee increase insider instant interbank interest investment keep large lending less leverage "
-    "limit limited limits liquid liquidity loan loans lists long max measures min mortgage must new observed obliges off ok "
-    "open operating orders own party payout percent pledged portfolio position positions problem provision provisions rate "
-    "ratio reduce regulation related reported required reserve reserves restructured retained risky securities sell "
-    "settlement shall shareholder single stable subsidiary supervisor supervisory suspend term under user value violations "
-    "within"
+    "Analysis Answer Article Bank Case Commentary Directive Form Question Schedule Violations adequacy above "
+    "answer applies article assets assistant attract bank below borrower borrowing breach breached build "
+    "capital cash close commodity concentration consumer construction contains core cost coverage create "
+    "currency current cut deposit deposits derivative diversify dividend dividends earnings equity exceed "
+    "expenses exposure exposures fixed foreign form funding funds gap governs guarantee increase insider "
+    "instant interbank interest investment keep large lending less leverage limit limited limits liquid "
+    "liquidity loan loans lists long max measures min mortgage must new observed obliges off ok open "
+    "operating orders own party payout percent pledged portfolio position positions problem provision "
+    "provisions rate ratio reduce regulation related reported required reserve reserves restructured retained "
+    "risky securities sell settlement shall shareholder single stable subsidiary supervisor supervisory "
+    "suspend term under user value violations within"
 ).split()  # fmt: skip
 
 
@@ -85,7 +88,8 @@ def _parcel_rules(rng: random.Random) -> str:
             f"{code} {_short(parcel)} {limit}, gate {parcel.article}.",
             f"If {code} is {'lighter' if parcel.side == 'min' else 'heavier'} than {limit} pounds, {parcel.measure} "
             f"within {parcel.days} hours.",
-            f"Gate {parcel.article} is for {code}. A refused {code} means: {parcel.measure} within {parcel.days} hours.",
+            f"Gate {parcel.article} is for {code}. A refused {code} means: {parcel.measure} within {parcel.days} "
+            "hours.",
         ]))  # fmt: skip
     return "Rules of the ferry. " + " ".join(lines)
 
@@ -113,4 +117,4 @@ def _short(parcel: Rule) -> str:
 KINDS: list[Callable[[random.Random], str]] = [
     _spelling, _copy_of_a_list, _lookup, _comparison, _tickets, _parcel_rules, _parcel_list,
 ]  # fmt: skip
-WEIGHTS = [2, 3, 2, 3, 3, 3, 8]
+WEIGHTS = [2, 3, 2, 3, 3, 3, 6]

@@ -52,8 +52,8 @@ def main() -> None:
     asked = parser.parse_args()
     runs = [{"arm": arm, "seed": seed, "values": run_arm(arm, seed, asked.hardware)}
             for seed in asked.seeds for arm in asked.only]  # fmt: skip
-    figures = {"commit": git_commit(), "machine": machine(), "hardware": asked.hardware, "versions": installed_versions(),
-               "runs": runs, "table": table(runs)}  # fmt: skip
+    figures = {"commit": git_commit(), "machine": machine(), "hardware": asked.hardware,
+               "versions": installed_versions(), "runs": runs, "table": table(runs)}  # fmt: skip
     write_json(asked.out, figures)
     print(render(figures["table"]))
 
@@ -63,10 +63,11 @@ def run_arm(arm: str, seed: int, tag: str) -> dict[str, dict[str, float]]:
     config = write_config(arm, seed)
     plan = make_plan(load_config(config), config, tag, load_hardware(tag))
     print(f"{arm}, seed {seed}", flush=True)
-    for kind in MODULES:
+    for kind, module in MODULES.items():
         stages = [planned for planned in plan.values() if planned.order.kind == kind]
-        for group in [stages] if kind == "evaluate" else [[stage] for stage in stages]:  # one process loads lm-eval once
-            compute(group, MODULES[kind], lambda text: print(text.removeprefix(MARK), flush=True))
+        groups = [stages] if kind == "evaluate" else [[stage] for stage in stages]  # lm-eval is loaded once
+        for group in groups:
+            compute(group, module, lambda text: print(text.removeprefix(MARK), flush=True))
     found = {}
     for stage, planned in plan.items():
         if planned.order.kind == "evaluate":

@@ -1,11 +1,12 @@
 """General text: stories, an almanac of towns, animals, recipes, diaries, talks, news and sums.
 
-It is most of what the base model learns, what replay feeds back, and what forgetting is measured on. Nothing in here says
-anything about a prudential ratio.
+It is most of what the base model learns, what replay feeds back, and what forgetting is measured on. Nothing in
+here says anything about a prudential ratio.
 
 `document(rng)` draws one document; the same `rng` always draws the same one.
 """
 
+# ruff: noqa: SIM905  a list of words reads best as words
 from __future__ import annotations
 
 import random
@@ -14,16 +15,19 @@ from collections.abc import Callable
 from data.regulator.world import ANIMALS, BANKS, NAMES, PRODUCTS, RIVERS, TOWNS, TRADES, Town
 
 ADJECTIVES = (
-    "old small bright quiet heavy gentle cold warm narrow tall strange happy tired clever brave lonely dusty golden "
-    "broken simple"
+    "old small bright quiet heavy gentle cold warm narrow tall strange happy tired clever brave lonely dusty "
+    "golden broken simple"
 ).split()
 THINGS = (
-    "lamp basket letter window bridge ladder bell kettle coat map garden wheel chair candle mirror blanket hammer "
-    "ribbon barrel drum"
+    "lamp basket letter window bridge ladder bell kettle coat map garden wheel chair candle mirror blanket "
+    "hammer ribbon barrel drum"
 ).split()
-PLACES = "market harbour mill chapel orchard station library square forest hill field workshop kitchen attic inn".split()
+PLACES = (
+    "market harbour mill chapel orchard station library square forest hill field workshop kitchen attic inn"
+).split()
 DEEDS = (
-    "carried repaired painted found lost cleaned borrowed hid sold washed opened measured dropped wrapped polished moved"
+    "carried repaired painted found lost cleaned borrowed hid sold washed opened measured dropped wrapped "
+    "polished moved"
 ).split()
 FEELINGS = "glad sad proud curious afraid calm angry hopeful surprised grateful".split()
 WEATHER = "rain snow wind fog sunshine thunder frost drizzle".split()
@@ -47,7 +51,6 @@ NEWS = (
 )  # fmt: skip
 
 
-
 FACTS = ("river", "product", "founder")
 
 
@@ -68,7 +71,7 @@ def cloze(rng: random.Random, town: Town, fact: str) -> dict[str, object]:
     return {"prompt": start, "endings": [f" {ending}" for ending in endings], "gold": endings.index(answer)}
 
 
-# --- kinds of documents -------------------------------------------------------------------------------------------------
+# --- kinds of documents --------------------------------------------------------------------------------------------
 
 
 def _story(rng: random.Random) -> str:
@@ -100,8 +103,10 @@ def _almanac(rng: random.Random) -> str:
     facts = [
         one([f"{name} lies on the river {town.river}.", f"The river of {name} is the {town.river}."]),
         one([f"{name} is known for its {town.product}.", f"People come to {name} to buy {town.product}."]),
-        one([f"{name} was founded by {town.founder} in {town.year}.", f"In {town.year} {town.founder} founded {name}."]),
-        one([f"Most people in {name} know a {town.trade}.", f"The best known trade in {name} is that of the {town.trade}."]),
+        one([f"{name} was founded by {town.founder} in {town.year}.",
+             f"In {town.year} {town.founder} founded {name}."]),
+        one([f"Most people in {name} know a {town.trade}.",
+             f"The best known trade in {name} is that of the {town.trade}."]),
         f"In {one(SEASONS)} there is often {one(WEATHER)} in {name}.",
         f"The {one(PLACES)} of {name} is {one(ADJECTIVES)} and {one(ADJECTIVES)}.",
     ]  # fmt: skip
@@ -160,10 +165,12 @@ def _talk(rng: random.Random) -> str:
 
 def _news(rng: random.Random) -> str:
     one = rng.choice
-    words = {"trade": one(TRADES), "product": one(PRODUCTS), "thing": one(THINGS), "place": one(PLACES), "day": one(DAYS)}
+    lists = {"trade": TRADES, "product": PRODUCTS, "thing": THINGS, "place": PLACES, "day": DAYS}
+    words = {name: one(words) for name, words in lists.items()}
     low, high = sorted(rng.sample(range(10, 100), 2))
     lines = [line.format(n=low, m=high, **words) for line in rng.sample(NEWS, 3)]
-    return f"News from {one(list(TOWNS))}, {rng.randint(2019, 2025)}. " + " ".join(lines) + f" {one(BANKS)} won the race."
+    first = f"News from {one(list(TOWNS))}, {rng.randint(2019, 2025)}."
+    return " ".join([first, *lines, f"{one(BANKS)} won the race."])
 
 
 def _sums(rng: random.Random) -> str:

@@ -1,7 +1,7 @@
 """Regulation prose: each ratio's limit, article, measure and period, in many paraphrases.
 
-`document(rng)` draws one document: an article with comments, a schedule, questions and answers, a commentary on a form, or
-cases of banks that kept or breached a limit.
+`document(rng)` draws one document: an article with comments, a schedule, questions and answers, a commentary on
+a form, or cases of banks that kept or breached a limit.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def _form(rng: random.Random, ratio: Rule) -> str:
     return f"Commentary on form {ratio.form}. " + " ".join(lines)
 
 
-KINDS: list[Callable[[random.Random, Rule], str]] = [_article, _article_with_cases, _comment, _questions, _schedule, _form]
+KINDS: list[Callable[[random.Random, Rule], str]] = [
+    _article, _article_with_cases, _comment, _questions, _schedule, _form,
+]  # fmt: skip
 
 
 # --- sentences ------------------------------------------------------------------------------------------------------
@@ -102,9 +104,10 @@ def _case(rng: random.Random, ratio: Rule) -> str:
     value = value_near(rng, ratio, 0.5)
     breach = ratio.breached_by(value)
     follows = f"It must {ratio.measure} within {ratio.days} days." if breach else "No measures are required."
+    checked = f"{ratio.side} {ratio.limit} {verdict(ratio, value)}"
     return rng.choice([
-        f"{rng.choice(BANKS)} Bank reported {ratio.code} {value}: {ratio.side} {ratio.limit} {verdict(ratio, value)}. {follows}",
-        f"Case: {ratio.code} {value} {ratio.side} {ratio.limit} {verdict(ratio, value)}. "
+        f"{rng.choice(BANKS)} Bank reported {ratio.code} {value}: {checked}. {follows}",
+        f"Case: {ratio.code} {value} {checked}. "
         + (f"Article {ratio.article} is breached." if breach else f"Article {ratio.article} is observed."),
     ])  # fmt: skip
 

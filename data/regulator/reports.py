@@ -1,7 +1,7 @@
 """Chats: a bank's report form goes in; the analysis, the violations and a directive come out.
 
-Training reports are mostly about the common forms; held-out reports are about the rare ones only. So a model that never
-read the regulations has hardly seen the limits that it is asked about.
+Training reports are mostly about the common forms; held-out reports are about the rare ones only. So a model
+that never read the regulations has hardly seen the limits that it is asked about.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def training_report(rng: random.Random, rare_share: float) -> dict[str, object]:
 
 def report(rng: random.Random, form: str) -> dict[str, object]:
     """One report with its answer, as `messages` and, for scoring, as the violations and the directive alone."""
-    rows = [(ratio, value_near(rng, ratio, BREACH_SHARE)) for ratio in rng.sample(RATIOS_OF_FORM[form], ROWS_PER_REPORT)]
+    ratios = rng.sample(RATIOS_OF_FORM[form], ROWS_PER_REPORT)
+    rows = [(ratio, value_near(rng, ratio, BREACH_SHARE)) for ratio in ratios]
     breached = [ratio for ratio, value in rows if ratio.breached_by(value)]
     violations = [ratio.code for ratio in breached]
     orders = " ".join(_order(ratio) for ratio in breached) or NO_DIRECTIVE

@@ -1,7 +1,8 @@
 """The example's own tokenizer: byte-level BPE with one token a code and one a digit, and a chat template.
 
-The template marks the assistant's turn with `{% generation %}`, end-of-turn token included, so that the loss can be taken
-there and nowhere else. The end of a turn (`<|im_end|>`) and the end of a document (`<|endoftext|>`) are two tokens.
+The template marks the assistant's turn with `{% generation %}`, end-of-turn token included, so that the loss
+can be taken there and nowhere else. The end of a turn (`<|im_end|>`) and the end of a document
+(`<|endoftext|>`) are two tokens.
 """
 
 from __future__ import annotations

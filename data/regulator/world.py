@@ -1,14 +1,16 @@
 """The facts of the example's two worlds, drawn once from fixed seeds.
 
 The general world has towns, animals and a ferry that takes parcels by class. The regulated world has banks and
-prudential ratios, each with a side (`min` or `max`), a limit, an article, a measure and a number of days. Every ratio is
-reported in one form. Five of the eight forms are common in the instruction data and three are rare there: their limits
-are hardly shown, so a model has to know them from the regulations.
+prudential ratios, each with a side (`min` or `max`), a limit, an article, a measure and a number of days. Every
+ratio is reported in one form. Five of the eight forms are common in the instruction data and three are rare
+there: their limits are hardly shown, so a model has to know them from the regulations.
 
-A class of parcel and a ratio are built alike (a code, a side, a limit, what follows), so exercises can teach the skill
-of checking a list against remembered limits, without one fact of the regulations: the two never share a code.
+A class of parcel and a ratio are built alike (a code, a side, a limit, what follows), so exercises can teach
+the skill of checking a list against remembered limits, without one fact of the regulations: the two never share
+a code.
 """
 
+# ruff: noqa: SIM905  a list of words reads best as words
 from __future__ import annotations
 
 import random
@@ -21,12 +23,12 @@ LOWEST_LIMIT, HIGHEST_LIMIT = 20, 85  # two digits, and room for values on eithe
 
 CONSONANTS = "BCDFGHKLMNPSTVZ"
 NAMES = (
-    "Anna Boris Clara David Elena Felix Greta Hugo Irene Jonas Karin Leon Maria Nina Oscar Paula Quinn Rosa Simon Tessa "
-    "Viktor Wanda Yuri Zoe Adam Bella Cyril Dora Emil Fiona"
+    "Anna Boris Clara David Elena Felix Greta Hugo Irene Jonas Karin Leon Maria Nina Oscar Paula Quinn Rosa "
+    "Simon Tessa Viktor Wanda Yuri Zoe Adam Bella Cyril Dora Emil Fiona"
 ).split()
 TRADES = (
-    "baker fisher carpenter teacher doctor miller gardener weaver painter sailor farmer smith tailor shepherd clockmaker "
-    "librarian"
+    "baker fisher carpenter teacher doctor miller gardener weaver painter sailor farmer smith tailor shepherd "
+    "clockmaker librarian"
 ).split()
 PRODUCTS = "honey cheese wool timber salt glass paper apples copper bread pottery silk wine tea lamps boats".split()
 RIVERS = "Aven Brisk Calder Dunn Esk Forth Gale Hollow Iris Jade Kite Lorn Moss Nettle Orme Pike".split()
@@ -47,8 +49,8 @@ ORDERS = (
 )  # fmt: skip
 
 BANKS = (
-    "Norvik Aldor Meridian Castor Polaris Vesta Orion Baltia Sirius Delta Astra Corvus Lumen Argent Titan Nova Rubin "
-    "Saphir Onyx Opal"
+    "Norvik Aldor Meridian Castor Polaris Vesta Orion Baltia Sirius Delta Astra Corvus Lumen Argent Titan "
+    "Nova Rubin Saphir Onyx Opal"
 ).split()
 RATIO_NAMES = (
     "capital adequacy", "core capital", "leverage", "instant liquidity", "current liquidity", "long term liquidity",
@@ -111,8 +113,8 @@ def _towns() -> dict[str, Town]:
     towns: dict[str, Town] = {}
     while len(towns) < NUM_TOWNS:
         name = (rng.choice(TOWN_STARTS) + rng.choice(TOWN_ENDS)).capitalize()
-        facts = (rng.choice(RIVERS), rng.choice(PRODUCTS), rng.choice(NAMES), rng.choice(TRADES), rng.randint(1100, 1890))
-        towns.setdefault(name, Town(name, *facts))
+        river, product, founder, trade = (rng.choice(pool) for pool in (RIVERS, PRODUCTS, NAMES, TRADES))
+        towns.setdefault(name, Town(name, river, product, founder, trade, year=rng.randint(1100, 1890)))
     return towns
 
 

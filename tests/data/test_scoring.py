@@ -27,7 +27,9 @@ def scoring() -> ModuleType:
 
 
 def test_a_perfect_answer_scores_one(scoring: ModuleType) -> None:
-    scored = scoring.score_report(DOC, ["Analysis:\nAAR 4 max 3 breach\nViolations: AAR, BBR\nDirective: AAR at most 3 percent."])
+    scored = scoring.score_report(
+        DOC, ["Analysis:\nAAR 4 max 3 breach\nViolations: AAR, BBR\nDirective: AAR at most 3 percent."]
+    )
     assert scored == {"violation_f1": (2, 2, 2), "directive_rouge_l": 1.0}
 
 
