@@ -121,7 +121,7 @@ def chat_line(*roles: str, content: Any = "Some words.") -> bytes:
 
 BAD_LINES = {
     "malformed": (GOOD_TEXT, b'{"text": "cut of', {"text": "text"}, "malformed JSON"),
-    "wrong encoding": (GOOD_TEXT, '{"text": "caf\u00e9 and more of it"}'.encode("cp1252"), {"text": "text"}, "not UTF-8"),
+    "wrong encoding": (GOOD_TEXT, '{"text": "\u00e9tat and more of it"}'.encode("cp1252"), {"text": "text"}, "not UTF-8"),
     "missing field": (GOOD_TEXT, b'{"txt": "some text"}', {"text": "text"}, "'text' is missing, did you mean 'txt'?"),
     "number for a text": (GOOD_TEXT, b'{"text": 7}', {"text": "text"}, "holds a number (7)"),
     "null for a text": (GOOD_TEXT, b'{"text": null}', {"text": "text"}, "holds null"),
