@@ -147,7 +147,6 @@ def _words(rng: np.random.Generator) -> Iterator[str]:
             "m",
             "mp",
             "n",
-            "nd",
             "ng",
             "nt",
             "p",
