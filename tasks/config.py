@@ -198,6 +198,9 @@ class Run(Section):
     hardware: str = Field(description="a tag: one row of configs/hardware.yaml")
     seed: int = Field(0, ge=0)
     runs_dir: str = "runs"
+    report_to: Literal["tensorboard", "wandb", "mlflow", "trackio"] = Field(
+        "tensorboard", description="where a training's curves go, beside metrics.jsonl; recorded, never hashed"
+    )
     model: Model
     sources: dict[Name, Source] = Field(min_length=1)
     cpt: TrainStage | None = None

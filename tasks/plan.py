@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,7 +114,7 @@ def _orders(run: Run, config_path: Path, base: BaseModelFiles, digests: Digests,
         init_identity, init_path = list(models.values())[-1]
         what = {"stage": name, "init": init_identity, "rows": {"key": rows.key}, "seq_len": run.model.seq_len}
         what |= stage.model_dump(include=_TRAINING_FIELDS, mode="json") | {"seed": run.seed}
-        how = {"checkpoint": stage.checkpoint.model_dump()}
+        how = {"checkpoint": stage.checkpoint.model_dump(), "report_to": run.report_to}
         inputs = {"init": init_path, "rows": str(rows.directory(runs))}
         train = Order(name, "train", run.name, what, how, inputs)
         models[name] = ({"stage": name, "key": train.key}, str(train.directory(runs) / "model"))
@@ -142,7 +143,8 @@ def _prepare_order(
         **stage.model_dump(include={"tokens", "epochs", "mix", "replay", "max_epochs", "overflow"}, mode="json"),
         "seed": run.seed,
     }
-    return Order(f"prepare_{name}", "prepare", run.name, what, {}, {"model": base.path})
+    how = {"processes": len(os.sched_getaffinity(0))}  # every core, whatever trains; the rows do not depend on it
+    return Order(f"prepare_{name}", "prepare", run.name, what, how, {"model": base.path})
 
 
 def _evaluate_orders(
