@@ -107,8 +107,7 @@ def models() -> list[tuple[str, str, str]]:
     shares = [(f"CPT, {share} % replay", f"replay_{share}", "cpt") for share in REPLAY_SHARES]
     shares.insert(2, ("CPT, 10 % replay", "shipped", "cpt"))
     after = [(f"{label} -> SFT", arm, "sft") for label, arm, _ in shares]
-    first = ("shipped", "base") if "shipped" in ARMS else ("sft_only", "base")
-    return [("base", *first), *shares, ("SFT only", "sft_only", "sft"), *after]
+    return [("base", "shipped", "base"), *shares, ("SFT only", "sft_only", "sft"), *after]
 
 
 def summary(values: list[float]) -> dict[str, float]:
