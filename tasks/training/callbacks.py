@@ -24,9 +24,10 @@ class StepLog(TrainerCallback):
     """The trainer's callback; `grad_norm` is set by the trainer before each optimizer step."""
 
     def __init__(
-        self, directory: Path, stage: str, num_steps: int, sums: StepSums, cadence: dict[str, Any], is_main: bool
+        self, directory: Path, stage: str, num_steps: int, sums: StepSums, how: dict[str, Any], is_main: bool
     ) -> None:
         self.directory, self.stage, self.num_steps, self.sums = directory, stage, num_steps, sums
+        cadence, self.report_to = how.get("checkpoint") or {}, how.get("report_to", "tensorboard")
         self.every_steps, self.every_minutes = cadence.get("every_steps"), cadence.get("every_minutes")
         self.keep_last, self.is_main = cadence.get("keep_last", 2), is_main
         self.metrics: MetricsLog | None = None
@@ -38,7 +39,7 @@ class StepLog(TrainerCallback):
         """Open the logs behind the step that we start from."""
         first_step = state.global_step
         if self.is_main:
-            self.metrics = MetricsLog(self.directory, first_step)
+            self.metrics = MetricsLog(self.directory, first_step, self.report_to)
         self.progress = Progress(self.stage, "step", self.num_steps, first=first_step)
         self.num_tokens, self.saved_at = 0, time.monotonic()
         self.started_at = self.step_started_at = time.monotonic()

@@ -1,5 +1,4 @@
-"""What a run measured, step by step: `metrics.jsonl` (one line a step) and TensorBoard events. Written by rank
-0.
+"""What a run measured, step by step: `metrics.jsonl` (one line a step), and the curves of a tracker. By rank 0.
 
 A resumed run takes back the lines behind its checkpoint, so that every step stands there once.
 """
@@ -11,20 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from tasks.stage import write_text
+from tasks.training.trackers import open_tracker
 
-METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
     """Appends one line a step to both places."""
 
-    def __init__(self, directory: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # 1 s of import that only rank 0 needs
-
+    def __init__(self, directory: Path, first_step: int, report_to: str = "tensorboard") -> None:
         kept = [line for line in read_metrics(directory) if line["step"] <= first_step]
         write_text(directory / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = (directory / METRICS).open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(directory / TENSORBOARD), purge_step=first_step + 1 if first_step else None)
+        self.board = open_tracker(report_to, directory, first_step)
 
     def write(self, line: dict[str, Any]) -> None:
         """One step. The line survives a kill of this process at once; events when `flush` was called."""

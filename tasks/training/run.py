@@ -19,11 +19,12 @@ from tasks.training import checkpoint, export
 from tasks.training.attention import attention_plan
 from tasks.training.callbacks import StepLog
 from tasks.training.loss import StepSums
-from tasks.training.metrics import METRICS, TENSORBOARD, read_metrics
+from tasks.training.metrics import METRICS, read_metrics
 from tasks.training.model import add_token_rows, check_init, describe, load_model, load_tokenizer, resolve_init
 from tasks.training.precision import precision_policy
 from tasks.training.preemption import finishing_steps
 from tasks.training.rows import Layout, load_rows, make_collate
+from tasks.training.trackers import TENSORBOARD, check_tracker
 from tasks.training.trainer import RowTrainer, make_config
 
 OUTPUTS = (export.MODEL, METRICS, TENSORBOARD)
@@ -76,6 +77,7 @@ def train(directory: Path, order: Order, backend: ModuleType) -> dict[str, Any]:
 
 def read_inputs(directory: Path, order: Order) -> Inputs:
     """Everything that can be refused is refused here, before anything is loaded or written."""
+    check_tracker(order.how.get("report_to", "tensorboard"))
     keep_last = (order.how.get("checkpoint") or {}).get("keep_last", 2)
     init, prepared = resolve_init(order), Path(order.inputs["rows"])
     check_init(init, order.what["seq_len"], directory, keep_last)
@@ -91,8 +93,7 @@ def assemble(
     """The trainer with its rows, its log and its backend."""
     backend.before_trainer(config)
     sums = StepSums(inputs.said["sources"], config.device)
-    cadence = order.how.get("checkpoint") or {}
-    step_log = StepLog(directory, order.stage, layout.num_steps, sums, cadence, is_main=backend.rank() == 0)
+    step_log = StepLog(directory, order.stage, layout.num_steps, sums, order.how, is_main=backend.rank() == 0)
     trainer = RowTrainer(
         model=model,
         args=config,

@@ -1,15 +1,16 @@
 """Where a training's curves go: TensorBoard by default; W&B, MLflow or Trackio by `report_to` in a run's file.
 
-Each is opened behind the three methods of TensorBoard's writer that metrics.py calls. A resumed training goes on with the
-same curves: the stage's directory names the run. Nothing needs a network: W&B writes offline unless WANDB_API_KEY is set
-(`wandb sync` sends it later), MLflow into a database in `runs/` unless MLFLOW_TRACKING_URI says otherwise, Trackio into
-its own folder. Their packages are installed by whoever wants them.
+Each is opened behind the three methods of TensorBoard's writer that metrics.py calls. A resumed training goes on with
+the same curves: the stage's directory names the run. Nothing needs a network: W&B writes offline unless WANDB_API_KEY
+is set (`wandb sync` sends it later), MLflow into a database in `runs/` unless MLFLOW_TRACKING_URI says otherwise,
+Trackio into its own folder. Their packages are installed by whoever wants them.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,7 +39,14 @@ def open_tracker(report_to: str, directory: Path, first_step: int) -> Tracker:
         from torch.utils.tensorboard import SummaryWriter  # 1 s of import that only rank 0 needs
 
         return SummaryWriter(str(directory / TENSORBOARD), purge_step=first_step + 1 if first_step else None)
-    return {"wandb": _Wandb, "mlflow": _Mlflow, "trackio": _Trackio}[report_to](directory)
+    others: dict[str, Callable[[Path], Tracker]] = {"wandb": _Wandb, "mlflow": _Mlflow, "trackio": _Trackio}
+    return others[report_to](directory)
+
+
+def check_tracker(report_to: str) -> None:
+    """Refuse a tracker whose package is missing, before anything is loaded."""
+    if report_to != "tensorboard":
+        _package(report_to)
 
 
 def _package(name: str) -> Any:

@@ -63,7 +63,9 @@ def test_a_run_from_the_form_to_the_report(served: Served, page: Any) -> None:
     )
     [run] = found
     page.goto(f"{served.url}/runs/flow-run/{run['id']}")
-    page.get_by_text(re.compile(r"step \d+/\d+")).first.wait_for(timeout=120_000)  # a line of progress, live
+    page.get_by_text("prepare_cpt   runs: not yet run").wait_for(timeout=120_000)  # log lines, live
+    wait_for(lambda: "cpt-progress" in served.artifacts(run["id"]), 180)
+    page.get_by_text("Running", exact=True).first.wait_for()
     shoot(page, "3-running")
     assert served.wait_for_run(run["id"])["state_name"] == "Completed"
     page.reload()
