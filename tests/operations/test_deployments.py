@@ -1,0 +1,115 @@
+"""prefect.yaml, the forms' schemas and the rows of hardware.yaml agree; no server needed."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from prefect.utilities.callables import parameter_schema
+
+from flows.parameters import CONFIG_PATTERN, hardware_tags
+from flows.pools import POOL_LIMITS, pools
+from flows.services import Service, revive
+from tasks.config import load_config, load_hardware
+from tasks.errors import UserError
+from tests.conftest import ROOT
+
+DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+
+
+def test_every_tag_has_a_pool_and_every_pool_a_pipeline() -> None:
+    tags = hardware_tags()
+    assert len(tags) > 2
+    wanted = {load_hardware(tag).work_pool for tag in tags}
+    pipelines = {d["name"] for d in DEPLOYMENTS if d["entrypoint"] == "flows.pipeline:pipeline"}
+    assert wanted <= pipelines == set(pools()) == set(POOL_LIMITS)
+
+
+def test_a_deployments_pool_is_that_of_its_tag() -> None:
+    for deployment in DEPLOYMENTS:
+        pool, parameters = deployment["work_pool"]["name"], deployment["parameters"]
+        if deployment["entrypoint"] == "flows.pipeline:pipeline":
+            assert deployment["name"] == pool
+        tag = parameters.get("hardware") or load_config(ROOT / parameters["config"]).hardware
+        assert load_hardware(tag).work_pool == pool or "hardware" not in parameters
+
+
+def test_each_stage_has_a_deployment_that_can_be_imported() -> None:
+    names = {deployment["entrypoint"] for deployment in DEPLOYMENTS}
+    assert {f"flows.stages:{stage}" for stage in ("prepare", "cpt", "sft", "evaluate", "report")} <= names
+    for entrypoint in names:
+        module, name = entrypoint.split(":")
+        assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_gpu_pools_take_one_run_at_a_time() -> None:
+    assert {limit for pool, limit in POOL_LIMITS.items() if pool.startswith("gpu")} == {1}
+
+
+def test_no_secret_stands_in_what_prefect_stores_in_plain_text() -> None:
+    text = (ROOT / "prefect.yaml").read_text()
+    assert not re.search(r"token|key|password|prefect\.blocks\.secret", text, re.IGNORECASE)
+
+
+def test_the_form_knows_tags_stages_and_paths() -> None:
+    from flows.pipeline import pipeline
+
+    schema = parameter_schema(pipeline.fn).properties
+    assert schema["hardware"]["anyOf"][0]["enum"] == hardware_tags()
+    assert "sft" in schema["force"]["anyOf"][0]["enum"]
+    assert all(field["description"] for field in schema.values())
+
+
+@pytest.mark.parametrize("path", ["configs/a.yaml", "my/own-1.yml"])
+def test_paths_below_the_project_are_taken(path: str) -> None:
+    assert re.match(CONFIG_PATTERN, path)
+
+
+@pytest.mark.parametrize("path", ["/etc/a.yaml", "../a.yaml", "configs/../../a.yaml", "configs/a.json", "a b.yaml"])
+def test_other_paths_are_refused(path: str) -> None:
+    assert not re.match(CONFIG_PATTERN, path)
+
+
+def test_a_wrong_parameter_says_what_is_allowed() -> None:
+    from flows.stages import prepare
+
+    with pytest.raises(UserError, match="did you mean 'cpu'"):
+        prepare.validate_parameters({"config": "configs/regulator.yaml", "hardware": "cpuu"})
+
+
+def test_deploying_nowhere_says_where_to(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from flows import deploy
+
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    assert deploy.main() == 2
+    assert "make serve" in capsys.readouterr().err
+
+
+def test_what_dies_is_started_again_with_a_pause(tmp_path: Path) -> None:
+    service = Service("a sleeper", ["sleep", "60"], tmp_path / "log")
+    said: list[str] = []
+    service.start()
+    try:
+        assert service.process is not None and service.runs
+        first = service.process.pid
+        service.process.terminate()
+        service.process.wait(30)
+        revive([service], said.append)
+        assert service.runs and service.process.pid != first
+        assert "a sleeper ended" in said[0]
+        service.process.terminate()
+        service.process.wait(30)
+        revive([service], said.append)
+        assert not service.runs and len(said) == 1  # not at once again
+    finally:
+        service.stop()
+
+
+def test_the_image_copies_what_exists() -> None:
+    lines = (ROOT / "flows/Dockerfile").read_text().splitlines()
+    copied = [path for line in lines if line.startswith("COPY") for path in line.split()[1:-1]]
+    assert len(copied) > 6
+    assert [path for path in copied if not (ROOT / path).exists()] == []

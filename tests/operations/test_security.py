@@ -1,0 +1,70 @@
+"""A secret in the environment reaches the workers and nothing that is kept; the file view shows runs/ and nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from functools import partial
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from flows.files import Handler
+from tests.conftest import ROOT
+
+CANARY = "hf_canary_0123456789abcdefghij"
+
+
+@pytest.fixture
+def view(tmp_path: Path) -> Iterator[str]:
+    runs = tmp_path / "runs"
+    (runs / "report-1").mkdir(parents=True)
+    (runs / "report-1/report.html").write_text("<h1>report</h1><script>alert(1)</script>")
+    (runs / ".locks").mkdir()
+    (runs / ".locks/a.lock").write_text("hidden")
+    (tmp_path / "secret.txt").write_text(CANARY)
+    (runs / "way-out").symlink_to(tmp_path / "secret.txt")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(runs)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+def test_a_report_is_shown_and_its_scripts_are_dead(view: str) -> None:
+    with urllib.request.urlopen(f"{view}/report-1/report.html") as answer:
+        assert answer.status == 200
+        policy = answer.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "sandbox" in policy and "script-src" not in policy
+
+
+@pytest.mark.parametrize("path", ["/way-out", "/.locks/a.lock", "/../secret.txt", "/%2e%2e/secret.txt", "//etc/passwd"])
+def test_nothing_outside_is_shown(view: str, path: str) -> None:
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(view + path)
+
+
+@pytest.mark.operations
+@pytest.mark.parametrize("ends", ["well", "badly"])
+def test_a_secret_is_in_nothing_that_is_kept(project: Path, tiny_base: Path, ends: str) -> None:
+    if ends == "badly":  # the weights are cut off: a worker dies with a traceback
+        (project / "base").unlink()
+        shutil.copytree(tiny_base, project / "base")
+        weights = project / "base/model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:200])
+    home = project / "prefect"
+    environment = os.environ | {"HF_TOKEN": CANARY, "WANDB_API_KEY": CANARY, "PREFECT_HOME": str(home)}
+    environment.pop("PREFECT_API_URL", None)
+    command = [sys.executable, "-m", "flows.pipeline", "--config", str(project / "run.yaml")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=400, check=False)
+    assert (done.returncode == 0) == (ends == "well"), done.stderr.decode()
+    kept = [path for folder in (project / "runs", home) for path in folder.rglob("*") if path.is_file()]
+    assert len(kept) > 15 and any(path.name == "prefect.db" for path in kept)  # logs and artifacts stand there
+    assert [str(path) for path in kept if CANARY.encode() in path.read_bytes()] == []
+    assert CANARY.encode() not in done.stdout + done.stderr
