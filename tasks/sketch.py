@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 260, 64, 36, 14
 MAX_POINTS = 600  # more would not be seen
-INK, LINE = "#5b6472", "#2f7ed8"  # read on white and on black
+INK, LINE = "#8a93a3", "#2f7ed8"  # read on white and on black
 
 
 def line_svg(xs: Sequence[float], ys: Sequence[float], name: str) -> str:

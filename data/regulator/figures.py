@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,7 @@ import yaml
 
 from tasks.config import load_config, load_hardware
 from tasks.execute import compute
-from tasks.plan import make_plan
-from tasks.progress import MARK
+from tasks.plan import Planned, make_plan
 from tasks.stage import git_commit, installed_versions, write_json
 
 CONFIG = Path("configs/regulator.yaml")
@@ -48,26 +48,35 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=ARMS, default=ARMS, metavar="ARM")
     parser.add_argument("--hardware", default="cpu", metavar="TAG")
+    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at once; each takes a core or more")
     parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args()
-    runs = [{"arm": arm, "seed": seed, "values": run_arm(arm, seed, asked.hardware)}
-            for seed in asked.seeds for arm in asked.only]  # fmt: skip
+    cells = [(arm, seed) for seed in asked.seeds for arm in asked.only]
+    plans = [plan_arm(arm, seed, asked.hardware) for arm, seed in cells]  # all of them first: they share a cache
+    with ThreadPoolExecutor(asked.parallel) as pool:
+        values = list(pool.map(run_arm, plans))
+    runs = [{"arm": arm, "seed": seed, "values": found} for (arm, seed), found in zip(cells, values, strict=True)]
     figures = {"commit": git_commit(), "machine": machine(), "hardware": asked.hardware,
                "versions": installed_versions(), "runs": runs, "table": table(runs)}  # fmt: skip
     write_json(asked.out, figures)
     print(render(figures["table"]))
 
 
-def run_arm(arm: str, seed: int, tag: str) -> dict[str, dict[str, float]]:
-    """Compute one run's stages; the metrics of each of its models."""
+def plan_arm(arm: str, seed: int, tag: str) -> dict[str, Planned]:
+    """The stages of one arm and seed."""
     config = write_config(arm, seed)
-    plan = make_plan(load_config(config), config, tag, load_hardware(tag))
-    print(f"{arm}, seed {seed}", flush=True)
+    return make_plan(load_config(config), config, tag, load_hardware(tag))
+
+
+def run_arm(plan: dict[str, Planned]) -> dict[str, dict[str, float]]:
+    """Compute one run's stages; the metrics of each of its models. Runs at once share stages through their locks."""
     for kind, module in MODULES.items():
         stages = [planned for planned in plan.values() if planned.order.kind == kind]
-        groups = [stages] if kind == "evaluate" else [[stage] for stage in stages]  # lm-eval is loaded once
+        # lm-eval is loaded once for what this run made; all runs share the base, so it is not locked with the rest
+        groups = [stages[:1], stages[1:]] if kind == "evaluate" else [[stage] for stage in stages]
         for group in groups:
-            compute(group, module, lambda text: print(text.removeprefix(MARK), flush=True))
+            name = group[0].order.run
+            compute(group, module, lambda text, name=name: print(f"{name:<24}{text}", flush=True))  # type: ignore[misc]
     found = {}
     for stage, planned in plan.items():
         if planned.order.kind == "evaluate":

@@ -18,6 +18,7 @@ from lm_eval.models.huggingface import HFLM
 
 from tasks.errors import UserError
 from tasks.progress import Progress
+from tasks.threads import choose_threads
 
 # On a CPU core larger batches leave the caches: 120 answers of a 1.5M model took 6.2 CPU-s at 16 rows, 7.8 at 64 and
 # 10.5 at 128.
@@ -25,9 +26,6 @@ MAX_ROWS = {"cpu": 16, "cuda": 128}
 # Longer documents are scored in windows; it bounds the logits of one row (8,192 x 150k x 4 bytes = 4.9 GB).
 MAX_LENGTH_TOKENS = 8192
 BATCH_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}  # logits or key-value cache of one batch
-# Below this a second thread costs more than it brings: 2 threads took 18-38 s for 64 generations of a 1M model
-# on 2 shared cores, 1 thread 5 s.
-PARAMETERS_A_THREAD = 50_000_000
 
 
 def load_model(folder: str, stage: str, device: str, threads: int | None) -> WatchedLM:
@@ -41,13 +39,9 @@ def load_model(folder: str, stage: str, device: str, threads: int | None) -> Wat
             where=str(Path(folder)),
             allowed="a folder with config.json, safetensors and a tokenizer",
         ) from error
-    torch.set_num_threads(threads or choose_threads(model.model.num_parameters(), torch.get_num_threads()))
+    cores = torch.get_num_threads()
+    torch.set_num_threads(threads or choose_threads(model.model.num_parameters(), cores, "generate"))
     return model
-
-
-def choose_threads(num_parameters: int, cores: int) -> int:
-    """CPU threads for a model of that size."""
-    return max(1, min(cores, num_parameters // PARAMETERS_A_THREAD))
 
 
 def rows_that_fit(longest_tokens: int, bytes_a_token: int, device: str) -> int:

@@ -1,9 +1,9 @@
 """The backend `fsdp`: plain transformers in one process, FSDP2 in several (GPUs with NCCL, CPU processes with
 gloo).
 
-A backend is a module with these functions: `start_process` (before transformers is imported),
-`trainer_settings`, `before_trainer`, `check_wrapper`, `full_tensors`. With several processes each holds its
-shard of weights, gradients and states; a checkpoint is sharded as well (torch.distributed.checkpoint).
+A backend is a module with these functions: `start_process` (before transformers is imported), `set_threads`,
+`trainer_settings`, `before_trainer`, `check_wrapper`, `full_tensors`. With several processes each holds its shard
+of weights, gradients and states; a checkpoint is sharded as well (torch.distributed.checkpoint).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tasks.errors import UserError
+from tasks.threads import choose_threads
 
 
 def world_size() -> int:
@@ -26,7 +27,7 @@ def rank() -> int:
 
 
 def start_process(how: dict[str, Any]) -> None:
-    """Set up this process: check the machine against the order, choose threads, make results repeatable."""
+    """Set up this process: check the machine against the order, make results repeatable."""
     expected = how.get("processes", 1) * how.get("nodes", 1)
     if world_size() != expected:
         raise UserError(
@@ -37,8 +38,6 @@ def start_process(how: dict[str, Any]) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
-    threads = how.get("threads") or max(1, len(os.sched_getaffinity(0)) // how.get("processes", 1))
-    torch.set_num_threads(threads)  # part of the result's last bits: a resumed run keeps it
     if how["device"] == "cuda":
         if not torch.cuda.is_available():
             raise UserError("the hardware tag asks for a GPU, but torch finds none", where="how.device", allowed="cpu")
@@ -47,6 +46,16 @@ def start_process(how: dict[str, Any]) -> None:
         torch.use_deterministic_algorithms(True)
         # A debugging aid that costs a write a tensor.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def set_threads(how: dict[str, Any], num_parameters: int) -> int:
+    """Give this process as many CPU threads as the model is worth, within its share of the cores; returns how many."""
+    import torch
+
+    cores = max(1, len(os.sched_getaffinity(0)) // how.get("processes", 1))
+    threads = int(how.get("threads") or choose_threads(num_parameters, cores, "train"))
+    torch.set_num_threads(threads)
+    return threads
 
 
 def trainer_settings(how: dict[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def train(directory: Path, order: Order, backend: ModuleType) -> dict[str, Any]:
     tell(f"{order.stage:<14}loading {inputs.init}")
     model = load_model(inputs.init, precision, what["seq_len"])
     num_new_rows = add_token_rows(model, inputs.tokenizer, inputs.new_tokens)
+    threads = backend.set_threads(order.how, model.num_parameters())
     tell(f"{order.stage:<14}{describe(model)}; {layout.num_steps} steps of {layout.rows_per_step} rows")
 
     config = make_config(directory, what, layout, precision, backend.trainer_settings(order.how))
@@ -72,6 +73,7 @@ def train(directory: Path, order: Order, backend: ModuleType) -> dict[str, Any]:
         "new_embedding_rows": num_new_rows,
         "wrapper": trainer.wrapper,
         "attention": model.config._attn_implementation,
+        "threads": threads,
     }
 
 

@@ -99,12 +99,13 @@ def test_pickled_weights_are_refused(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_batches_fit_the_budget_and_threads_fit_the_model() -> None:
-    from tasks.evaluation.model import MAX_ROWS, choose_threads, rows_that_fit
+    from tasks.evaluation.model import MAX_ROWS, rows_that_fit
+    from tasks.threads import choose_threads
 
     assert rows_that_fit(100, 4 * 1024, "cpu") == MAX_ROWS["cpu"]  # 400 KB a row: the cap
     assert rows_that_fit(8192, 4 * 150_000, "cpu") == 1
     assert rows_that_fit(1000, 4 * 50_000, "cpu") == 5
-    assert [choose_threads(size, 8) for size in (1_000_000, 120_000_000, 8_000_000_000)] == [1, 2, 8]
+    assert [choose_threads(size, 8, "generate") for size in (1_000_000, 120_000_000, 8_000_000_000)] == [1, 2, 8]
 
 
 def test_local_tasks_are_evaluated_offline_and_others_as_the_launcher_says(

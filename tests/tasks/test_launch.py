@@ -52,7 +52,7 @@ def test_a_crash_shows_the_end_of_the_log(tmp_path: Path) -> None:
 
 
 def test_a_saved_checkpoint_is_not_a_failure(tmp_path: Path) -> None:
-    with pytest.raises(Preempted, match="run the same command again$"):
+    with pytest.raises(Preempted, match=r"run the same command again$"):
         run(order(tmp_path, "preempted"))
 
 
