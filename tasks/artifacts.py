@@ -15,6 +15,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from tasks.sketch import line_svg
 
 SECONDS_BETWEEN_POSTS = 2.0
 SECONDS_FOR_LAST_POST = 5.0
+_QUEUE = ThreadPoolExecutor(max_workers=1)  # emptied before the process ends
 FILES_URL_VARIABLE = "STEEP_FILES_URL"  # where `make serve` shows runs/ to a browser
 
 
@@ -128,8 +130,15 @@ def _run_ids() -> dict[str, Any]:
 
 
 def _post(build: Callable[[], list[dict[str, Any]]]) -> None:
+    """Queue them: the next stage does not wait for the server to take the tables of the one before."""
     if ids := _run_ids():
-        _politely(lambda client: [client.create_artifact(ArtifactCreate(**artifact, **ids)) for artifact in build()])
+        context = contextvars.copy_context()
+        _QUEUE.submit(context.run, _politely, lambda client: _create(client, build(), ids))
+
+
+def _create(client: SyncPrefectClient, artifacts: list[dict[str, Any]], ids: dict[str, Any]) -> None:
+    for artifact in artifacts:
+        client.create_artifact(ArtifactCreate(**artifact, **ids))
 
 
 def _politely(deed: Callable[[SyncPrefectClient], Any]) -> None:

@@ -8,11 +8,11 @@ forward the lines that it means for the person who waits. How it ended becomes a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +22,7 @@ from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError, parse
 from tasks.progress import MARK
 from tasks.stage import ERROR, LOCK_FD_VARIABLE, LOG, PREEMPTED
 
+GUARD = str(Path(__file__).with_name("guard.py"))
 POLL_SECONDS = 0.2
 TAIL_LINES = 25
 # Prefect's runner kills a cancelled flow 30 s after it asked it to stop; the guard must have finished before.
@@ -65,7 +66,7 @@ def run_worker(
     for directory in directories:
         for said in (ERROR, PREEMPTED):  # of an earlier try
             (directory / said).unlink(missing_ok=True)
-    guard = [sys.executable, "-m", "tasks.guard", "--grace", str(GRACE_SECONDS), "--"]
+    guard = [sys.executable, "-S", GUARD, "--grace", str(GRACE_SECONDS), "--"]  # -S: a third of its start-up
     worker = [*python_command(module, how), *map(str, directories)]
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     with log.open("ab") as sink, log.open("r", errors="replace") as source:
@@ -83,7 +84,8 @@ def run_worker(
         try:
             while process.poll() is None:
                 follow()
-                time.sleep(POLL_SECONDS)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(POLL_SECONDS)  # returns as soon as it ends
         finally:  # also when SIGTERM, Ctrl-C or a cancellation takes us out of the loop
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
