@@ -12,7 +12,7 @@ from data.regulator.regulations import at_limit, verdict
 from data.regulator.world import BANKS, COMMON_FORMS, RARE_FORMS, RATIOS_OF_FORM, Rule, value_near
 
 ROWS_PER_REPORT = 4
-BREACH_SHARE = 0.4
+BREACH_SHARE = 0.3
 NO_DIRECTIVE = "no supervisory measures are required."
 
 

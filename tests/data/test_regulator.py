@@ -41,7 +41,7 @@ def test_held_out_reports_are_about_rare_forms_and_training_hardly_shows_them() 
     assert set(held_out) == set(RARE_FORMS)
     asked = [content(record) for record in records("reports")]
     rare = [text for text in asked if text.split(",")[0].removeprefix("Form ") in RARE_FORMS]
-    assert 0.015 < len(rare) / len(asked) < 0.045
+    assert 0.03 < len(rare) / len(asked) < 0.05
     for form in RARE_FORMS:
         for ratio in RATIOS_OF_FORM[form]:
             assert sum(f"\n{ratio.code} " in text for text in asked) >= 5
@@ -58,7 +58,7 @@ def test_answers_are_right() -> None:
         assert f"Violations: {', '.join(breached) or 'none'}\nDirective: {record['directive']}" in answer
         assert all(str(by_code[code].article) in record["directive"] for code in breached)
         num_breaches += len(breached)
-    assert 0.3 < num_breaches / (4 * len(records("eval/reports"))) < 0.5
+    assert 0.25 < num_breaches / (4 * len(records("eval/reports"))) < 0.4
 
 
 def test_general_text_and_exercises_hold_no_fact_of_the_regulations() -> None:
