@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -109,10 +110,26 @@ def worker_environment(how: dict[str, Any], lock_descriptors: Sequence[int], hub
     threads = how.get("threads") or max(1, (os.cpu_count() or 1) // int(how.get("processes", 1)))
     if how.get("device") == "cpu":
         environment["OMP_NUM_THREADS"] = str(threads)
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on shared cores
+        if threads > 1:
+            environment.setdefault("OMP_WAIT_POLICY", "ACTIVE" if _cores_are_idle() else "PASSIVE")
     if lock_descriptors:
         environment[LOCK_FD_VARIABLE] = str(lock_descriptors[0])
     return environment
+
+
+def _cores_are_idle(seconds: float = 0.2) -> bool:
+    """Whether nobody else computes here now.
+
+    Threads that spin while they wait train the example at 5,900 tokens/s on two quiet cores, threads that sleep at 2,700;
+    on busy cores spinning threads starve each other (200 tokens/s were seen). No bit of a result depends on it.
+    """
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return False
+    before = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:]]
+    time.sleep(seconds)
+    spent = [int(f) - b for f, b in zip(stat.read_text().split("\n", 1)[0].split()[1:], before, strict=True)]
+    return spent[3] + spent[4] >= 0.8 * sum(spent)  # idle and waiting for a disk
 
 
 class _Follower:

@@ -6,7 +6,7 @@ with one thread and 18 to 38 s with two.
 
 from __future__ import annotations
 
-PARAMETERS_A_THREAD = {"generate": 50_000_000, "train": 5_000_000}
+PARAMETERS_A_THREAD = {"generate": 50_000_000, "train": 700_000}
 
 
 def choose_threads(num_parameters: int, cores: int, work: str) -> int:

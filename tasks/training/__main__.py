@@ -81,8 +81,7 @@ def _work(directory: Path) -> int:
 
 def _set_environment() -> None:
     os.environ.update(OFFLINE)
-    # Threads that spin while they wait starve each other on shared cores: 2 threads on 2 busy cores fell from 2,700
-    # tokens/s to below 800. Read when torch is loaded.
+    # The launcher knows whether the cores are shared; a worker that runs by hand is careful. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for package in UNUSED:
         sys.modules[package] = None  # type: ignore[assignment]

@@ -31,7 +31,9 @@ def shrink(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 def write_data(folder: Path) -> None:
     write_lines(folder / "laws.jsonl", laws(300))
     write_lines(folder / "heldout.jsonl", laws(5, first=900))
-    write_lines(folder / "general.jsonl", [{"text": f"The river of town {n} is {n * 3} miles long."} for n in range(300)])
+    write_lines(
+        folder / "general.jsonl", [{"text": f"The river of town {n} is {n * 3} miles long."} for n in range(300)]
+    )
     chats = [{"messages": [{"role": "user", "content": f"Ratio {n}?"}, {"role": "assistant", "content": f"{n} percent."}]}
              for n in range(90)]  # fmt: skip
     write_lines(folder / "chats.jsonl", chats)
@@ -62,4 +64,6 @@ def test_a_shipped_config_runs_from_a_local_folder(tmp_path: Path, name: str) ->
     assert model.config.model_type == ARCHITECTURES[name]
     assert model.get_input_embeddings().num_embeddings == len(tokenizer)
     assert "generation" in tokenizer.chat_template
-    assert "2 rows" in (report := (plan["report"].directory / "report.md").read_text()) or "new embedding rows" in report
+    assert (
+        "2 rows" in (report := (plan["report"].directory / "report.md").read_text()) or "new embedding rows" in report
+    )
