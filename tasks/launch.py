@@ -120,8 +120,8 @@ def worker_environment(how: dict[str, Any], lock_descriptors: Sequence[int], hub
 def _cores_are_idle(seconds: float = 0.2) -> bool:
     """Whether nobody else computes here now.
 
-    Threads that spin while they wait train the example at 5,900 tokens/s on two quiet cores, threads that sleep at 2,700;
-    on busy cores spinning threads starve each other (200 tokens/s were seen). No bit of a result depends on it.
+    Threads that spin while they wait train the example at 5,900 tokens/s on two quiet cores, threads that sleep at
+    2,700; on busy cores spinning threads starve each other (200 tokens/s were seen). No bit of a result depends on it.
     """
     stat = Path("/proc/stat")
     if not stat.exists():
