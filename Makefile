@@ -45,7 +45,7 @@ test-operations: $(OPERATIONS) ## a real server, worker, schedule and browser; s
 	@$(RUN) -m pytest -m "operations" tests/operations
 
 check: $(STAMP) ## lint, format, types, spelling
-	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy && $(RUN) -m codespell_lib
+	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy && $(RUN) -m codespell_lib --toml pyproject.toml
 
 benchmark: $(STAMP) ## speed and memory of the preparation against the bare tokenizer
 	@$(RUN) -m tests.benchmarks.preparation
