@@ -25,6 +25,7 @@ GROUPS = ("prepare", "cpt", "sft", "evaluate", "report")  # what --only, --until
 # What of a stage the next one computes from; logs, metrics and timings may differ between equal runs.
 PRIMARY_OUTPUT = {"prepare": "rows.arrow", "train": "model/", "evaluate": "results.json", "report": "results.csv"}
 MAX_REASONS = 4
+NEW, INTERRUPTED = "not yet run", "interrupted before it was finished"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Planned:
     def group(self) -> str:
         """The name by which the command line calls it: prepare, cpt, sft, evaluate, report."""
         return self.stage.split("_")[0]
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no run has finished it before, in whatever form."""
+        return self.reasons in ((NEW,), (INTERRUPTED,))
 
     @property
     def reused(self) -> bool:
@@ -81,7 +87,7 @@ def render(plan: dict[str, Planned]) -> str:
     """The plan as text: a line a stage, with the reasons of what is stale."""
     lines = []
     for planned in plan.values():
-        verb = "reuse" if planned.reused else ("resume" if planned.resumes else "run")
+        verb = "reuse" if planned.reused else "resume" if planned.resumes else "run" if planned.is_new else "stale"
         lines.append(f"{verb:<7}{planned.directory.name:<26}{'; '.join(planned.reasons)}".rstrip())
     return "\n".join(lines)
 
@@ -201,7 +207,7 @@ def why_not_reused(directory: Path) -> list[str]:
 def _why_stale(order: Order, runs: Path) -> list[str]:
     earlier = _newest_order(order, runs)
     if earlier is None:
-        return ["interrupted before it was finished" if (order.directory(runs) / ORDER).exists() else "not yet run"]
+        return [INTERRUPTED if (order.directory(runs) / ORDER).exists() else NEW]
     if earlier["version"] != VERSIONS[order.kind]:
         return [f"worker version {earlier['version']} -> {VERSIONS[order.kind]}"]
     before, after = flatten(earlier["what"]), flatten(order.what)
@@ -209,7 +215,7 @@ def _why_stale(order: Order, runs: Path) -> list[str]:
                if before.get(name) != after.get(name)]  # fmt: skip
     changes = list(dict.fromkeys(changes))
     more = [f"and {len(changes) - MAX_REASONS} more"] if len(changes) > MAX_REASONS else []
-    return changes[:MAX_REASONS] + more or ["interrupted before it was finished"]
+    return changes[:MAX_REASONS] + more or [INTERRUPTED]
 
 
 def _newest_order(order: Order, runs: Path) -> dict[str, Any] | None:
