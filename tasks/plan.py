@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from tasks.config import Hardware, Run, TrainStage
+from tasks.reasons import differences
 from tasks.resolve import BaseModelFiles, Digests, resolve_base_model, resolve_sources, resolve_task_files
 from tasks.stage import ARTIFACT, ORDER, VERSIONS, Order, canonical_json, damage, read_artifact, read_order
 
 GROUPS = ("prepare", "cpt", "sft", "evaluate", "report")  # what --only, --until and --force name
 # What of a stage the next one computes from; logs, metrics and timings may differ between equal runs.
 PRIMARY_OUTPUT = {"prepare": "rows.arrow", "train": "model/", "evaluate": "results.json", "report": "results.csv"}
-MAX_REASONS = 4
 NEW, INTERRUPTED = "not yet run", "interrupted before it was finished"
 
 
@@ -210,12 +210,7 @@ def _why_stale(order: Order, runs: Path) -> list[str]:
         return [INTERRUPTED if (order.directory(runs) / ORDER).exists() else NEW]
     if earlier["version"] != VERSIONS[order.kind]:
         return [f"worker version {earlier['version']} -> {VERSIONS[order.kind]}"]
-    before, after = flatten(earlier["what"]), flatten(order.what)
-    changes = [_describe(name, before.get(name), after.get(name)) for name in sorted({*before, *after})
-               if before.get(name) != after.get(name)]  # fmt: skip
-    changes = list(dict.fromkeys(changes))
-    more = [f"and {len(changes) - MAX_REASONS} more"] if len(changes) > MAX_REASONS else []
-    return changes[:MAX_REASONS] + more or [INTERRUPTED]
+    return differences(earlier["what"], order.what) or [INTERRUPTED]
 
 
 def _newest_order(order: Order, runs: Path) -> dict[str, Any] | None:
@@ -226,26 +221,3 @@ def _newest_order(order: Order, runs: Path) -> dict[str, Any] | None:
         if path.with_name(ARTIFACT).is_file():
             found.append((raw["run"] == order.run, path.with_name(ARTIFACT).stat().st_mtime_ns, raw))
     return max(found, key=lambda item: item[:2])[2] if found else None
-
-
-def flatten(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names; a list of files as one entry a file."""
-    if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in flatten(item, f"{name}.{key}" if name else key).items()}
-    if isinstance(value, list) and value and isinstance(value[0], dict) and "path" in value[0]:
-        return {f"{name} {item['path']}": item.get("sha256", item) for item in value}
-    return {name: value}
-
-
-def _describe(name: str, before: Any, after: Any) -> str:
-    leaf = name.split(".")[-1]
-    if leaf == "key":  # an upstream stage; its own line says why
-        return f"{name.split('.')[-2]} changed"
-    if isinstance(before or after, str) and len(before or after) == 64:  # a digest says nothing to a reader
-        return f"{name} {'is new' if before is None else 'is gone' if after is None else 'changed'}"
-    return f"{leaf} {_short(before)} -> {_short(after)}"
-
-
-def _short(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -57,6 +57,14 @@ def test_a_learning_rate_re_runs_its_stage_and_what_follows(finished: Path) -> N
     assert line.startswith("stale") and line.endswith("learning_rate 0.001 -> 0.002")
 
 
+def test_another_start_is_told_in_a_word(finished: Path) -> None:
+    config = finished / "run.yaml"
+    text = config.read_text()
+    start, end = text.index("cpt:"), text.index("sft:")
+    config.write_text(text[:start] + text[end:])  # SFT from the base
+    assert stale(finished)["sft"] == 'init "cpt" -> "the base model"'
+
+
 def test_the_hardware_tag_re_runs_nothing(finished: Path) -> None:
     assert stale(finished, "cpu-x2") == {}
 
