@@ -130,8 +130,8 @@ def summary(values: list[float]) -> dict[str, float]:
 
 def render(lines: list[dict[str, Any]]) -> str:
     """The table in Markdown; the range over seeds stands in parentheses where it is not zero."""
-    head = ["model", *METRICS]
-    rows = [[line["model"], *(_cell(line[name]) for name in METRICS)] for line in lines]
+    head = ["model", "seeds", *METRICS]
+    rows = [[line["model"], str(line["seeds"]), *(_cell(line[name]) for name in METRICS)] for line in lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 

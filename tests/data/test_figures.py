@@ -27,4 +27,4 @@ def test_table_holds_mean_and_range_over_seeds() -> None:
     (line,) = table(runs)
     assert line["model"] == "SFT only" and line["seeds"] == 2
     assert line["violation F1"] == {"mean": pytest.approx(0.6), "min": 0.5, "max": 0.7}
-    assert "| SFT only | 0.600 (0.500 to 0.700) |" in render([line])
+    assert "| SFT only | 2 | 0.600 (0.500 to 0.700) |" in render([line])
