@@ -5,6 +5,7 @@ Without a network, or with HF_HUB_OFFLINE=1, what the cache holds is used; nothi
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -16,13 +17,14 @@ RepoType = Literal["model", "dataset"]
 
 def resolve_commit(repo_id: str, revision: str | None, repo_type: RepoType, where: str) -> str:
     """The commit that a branch, tag or nothing (main) stands for now; offline, the one that the cache holds."""
+    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
         info = HfApi().repo_info(repo_id, revision=revision, repo_type=repo_type)
         return str(info.sha)
-    except (OfflineModeIsEnabled, OSError) as error:
+    except (OfflineModeIsEnabled, OSError, httpx.HTTPError) as error:
         if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code < 500:
             raise _refused(repo_id, revision, repo_type, where, error) from None
         if commit := _cached_commit(repo_id, revision, repo_type):
@@ -43,22 +45,38 @@ def fetch_model(repo_id: str, commit: str, where: str = "") -> Path:
 
 
 def _snapshot(repo_id: str, commit: str, patterns: list[str], where: str) -> Path:
+    import httpx
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(repo_id, revision=commit, allow_patterns=patterns))
-    except OSError as error:
+    except (OSError, httpx.HTTPError) as error:
+        folder = _cache_of(repo_id, "model") / "snapshots" / commit
+        if _holds(folder, weights="*.safetensors" in patterns):
+            return folder
         raise _refused(repo_id, commit, "model", where, error) from None
 
 
-def _cached_commit(repo_id: str, revision: str | None, repo_type: RepoType) -> str | None:
-    from huggingface_hub.constants import HF_HUB_CACHE
+def _holds(folder: Path, weights: bool) -> bool:
+    """Whether a folder of the cache is complete: every shard that its index names, or the one file of weights."""
+    index = folder / "model.safetensors.index.json"
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    needed = {"config.json"} | (shards if weights else set())
+    return all((folder / name).is_file() for name in needed)
 
-    folder = Path(HF_HUB_CACHE) / f"{repo_type}s--{repo_id.replace('/', '--')}"
+
+def _cached_commit(repo_id: str, revision: str | None, repo_type: RepoType) -> str | None:
+    folder = _cache_of(repo_id, repo_type)
     reference = folder / "refs" / (revision or "main")
     if reference.is_file():
         return reference.read_text().strip()
     return revision if revision and (folder / "snapshots" / revision).is_dir() else None
+
+
+def _cache_of(repo_id: str, repo_type: RepoType) -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE) / f"{repo_type}s--{repo_id.replace('/', '--')}"
 
 
 def _refused(repo_id: str, revision: str | None, repo_type: str, where: str, error: Exception) -> UserError:

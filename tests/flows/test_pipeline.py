@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from prefect.client.orchestration import get_client
 
 from flows.pipeline import load_plan, main, pipeline
 from flows.stages import report as report_flow
+from tasks.stage import read_artifact
 from tests.conftest import ROOT, edit
 
 AUDIT = ROOT / "tests" / "network_audit"
@@ -141,3 +143,37 @@ def test_a_bad_config_starts_no_server(project: Path) -> None:
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
     assert done.returncode == 2 and "cpt.tokens" in done.stderr
     assert not (project / "prefect" / "prefect.db").exists() and not (project / "runs").exists()
+
+
+def test_the_tag_cpu_x2_trains_two_sharded_processes(project: Path) -> None:
+    states = run(project / "run.yaml", hardware="cpu-x2", until="cpt")
+    assert states == dict.fromkeys(["prepare_cpt", "prepare_sft", "cpt"], "Completed")
+    artifact = read_artifact(load_plan(str(project / "run.yaml"), "cpu")["cpt"].directory)
+    assert artifact["counts"]["wrapper"] == "FSDP2" and artifact["how"]["processes"] == 2
+
+
+UNREACHABLE = {"offline": {"HF_HUB_OFFLINE": "1"}, "no answer": {"HF_ENDPOINT": "http://127.0.0.1:9"}}
+
+
+@pytest.mark.parametrize("case", UNREACHABLE)
+def test_a_hub_id_that_cannot_be_had_is_told(project: Path, case: str) -> None:
+    edit(project, f"{{path: {project}/base,", "{path: nobody/nothing, hub: true,")
+    command = [sys.executable, "-m", "flows.pipeline", "--config", str(project / "run.yaml"), "--plan"]
+    environment = os.environ | {"HF_HOME": str(project / "cache")} | UNREACHABLE[case]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "nobody/nothing" in done.stderr and "run.yaml:5" in done.stderr and "give a local folder" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_hub_model_in_the_cache_needs_no_network(project: Path) -> None:
+    commit, cache = "0123456789abcdef0123456789abcdef01234567", project / "cache" / "hub" / "models--nobody--nothing"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    shutil.copytree((project / "base").resolve(), cache / "snapshots" / commit)
+    edit(project, f"{{path: {project}/base,", "{path: nobody/nothing, hub: true,")
+    command = [sys.executable, "-m", "flows.pipeline", "--config", str(project / "run.yaml"), "--plan"]
+    environment = os.environ | {"HF_HOME": str(project / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "evaluate_base-" in done.stdout
