@@ -61,7 +61,7 @@ def test_the_long_commands_of_the_readme_run(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stdout + first.stderr
     assert "violation_f1" in first.stdout and "report.html" in first.stdout
     again = run("make pipeline", project)
-    assert again.returncode == 0 and again.stdout.count("reused:") == 8, again.stdout
+    assert again.returncode == 0 and (again.stdout + again.stderr).count("reused:") == 8, again.stderr
     for command in commands():
         if any(word in command for word in ("make sft", "--until", "--force", "HARDWARE=")):
             done = run(command, project)
