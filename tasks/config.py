@@ -1,40 +1,24 @@
 """The schema of a run: what a YAML file in `configs/` may say. Frozen, unknown keys refused, no side effects.
 
-`load_config` reads one file into a `Run`; `load_hardware` reads one row (a tag) of `configs/hardware.yaml`. Both
-name file, line, key, value and what is allowed when something is wrong. Units stand in names; a share is a fraction.
+`load_config` reads one file into a `Run` and names file, line, key, value and what is allowed when something is wrong.
+Where a run happens is said in `tasks/hardware.py`. Units stand in names; a share is a fraction.
 Paths are relative to the project's root, from which every command runs.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from tasks.errors import UserError
+from tasks.hardware import HARDWARE_FILE, Hardware, load_hardware
+from tasks.yaml_file import Misplaced, Section, locate, nearest, read_yaml, validate
 
-HARDWARE_FILE = Path("configs/hardware.yaml")
+__all__ = ["HARDWARE_FILE", "Hardware", "Run", "load_config", "load_hardware", "locate", "nearest"]
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-
-
-class Misplaced(ValueError):
-    """A value that contradicts another one; says at which key below its section."""
-
-    def __init__(self, text: str, *location: str) -> None:
-        super().__init__(text)
-        self.location = location
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Model(Section):
@@ -235,147 +219,6 @@ class Run(Section):
         return self
 
 
-class Hardware(Section):
-    """One row of `configs/hardware.yaml`: where a run happens. Recorded, never part of a stage's identity."""
-
-    backend: Literal["unsloth", "fsdp"]
-    device: Literal["cpu", "cuda"]
-    processes: int = Field(1, ge=1, description="GPUs, or CPU processes, of one node")
-    nodes: int = Field(1, ge=1)
-    memory_gb: float | None = Field(None, gt=0, description="of one GPU")
-    precision: Literal["fp32", "fp32-master"] = "fp32"
-    microbatch_rows: int = Field(1, ge=1, description="packed rows a forward pass and process")
-    threads: int | None = Field(None, ge=1, description="CPU threads a process; default: its share of the cores")
-    work_pool: str = "cpu"
-
-
-SectionT = TypeVar("SectionT", bound=BaseModel)
-
-
 def load_config(path: str | Path) -> Run:
     """Read and check a run's file. Raises `UserError` with file, line, key, value and what is allowed."""
-    return _validate(Run, _read_yaml(Path(path)), Path(path))
-
-
-def load_hardware(tag: str, path: Path = HARDWARE_FILE) -> Hardware:
-    """The row of a hardware tag. Raises `UserError` for an unknown tag, with the nearest known one."""
-    root = _read_yaml(path)
-    rows = {key.value: (key, value) for key, value in root.value}
-    if tag not in rows:
-        raise UserError(
-            f"unknown hardware tag '{tag}'{nearest(tag, rows)}",
-            where=str(path),
-            allowed=", ".join(rows),
-            todo="set `hardware:` in the run's file or pass --hardware; a new machine is one new row",
-        )
-    return _validate(Hardware, rows[tag][1], path, prefix=(tag,))
-
-
-def locate(path: Path, *keys: str) -> str:
-    """`FILE:LINE, key a.b` for an error about a value that was valid on paper."""
-    return f"{_at(path, _find(_read_yaml(path), keys))}, key {'.'.join(keys)}"
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`, did you mean 'x'?` for the nearest known word, or nothing."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f", did you mean '{found[0]}'?" if found else ""
-
-
-def _read_yaml(path: Path) -> yaml.MappingNode:
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except FileNotFoundError:
-        known = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise UserError(f"no such file: {path}{nearest(str(path), known)}", allowed=", ".join(known)) from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise UserError(f"not readable as YAML: {error.problem}", where=f"{path}:{line}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"not readable as YAML: {error}", where=str(path)) from None
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError("the file holds no `key: value` mapping", where=str(path))
-    _refuse_duplicate_keys(root, path)
-    return root
-
-
-def _refuse_duplicate_keys(node: yaml.Node, path: Path) -> None:
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if key.value in seen:  # YAML would keep the last one in silence
-                raise UserError(f"the key '{key.value}' stands twice", where=_at(path, key))
-            seen.add(key.value)
-            _refuse_duplicate_keys(value, path)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _refuse_duplicate_keys(value, path)
-
-
-def _validate(schema: type[SectionT], node: yaml.Node, path: Path, prefix: tuple[str, ...] = ()) -> SectionT:
-    constructor = yaml.SafeLoader("")
-    try:
-        return schema.model_validate(constructor.construct_document(node))
-    except ValidationError as error:
-        # A misspelt key also makes a required one go missing: name the misspelling first.
-        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        others = error.error_count() - 1
-        raise _explain(schema, node, path, prefix, dict(first), others) from None
-
-
-def _explain(
-    schema: type[BaseModel], root: yaml.Node, path: Path, prefix: tuple[str, ...], error: dict[str, Any], others: int
-) -> UserError:
-    location = tuple(part for part in error["loc"] if not str(part).startswith(("list[", "function-", "constrained")))
-    location += getattr(error.get("ctx", {}).get("error"), "location", ())
-    node, known = _find(root, location), _known_keys(schema, location[:-1])
-    key = ".".join(map(str, (*prefix, *location))) or "(the whole file)"
-    more = f" ({others} more after this one)" if others else ""
-    where = f"{_at(path, node)}, key {key}{more}"
-    if error["type"] == "extra_forbidden":
-        return UserError(f"unknown key '{location[-1]}'{nearest(str(location[-1]), known)}", where=where,
-                         allowed=", ".join(known), todo="correct or remove the key")  # fmt: skip
-    if error["type"] == "missing":
-        return UserError(f"the key '{location[-1]}' is missing", where=where, todo=f"add `{location[-1]}:`")
-    if error["type"] == "value_error":  # one of our own checks: it says everything
-        return UserError(str(error["msg"]).removeprefix("Value error, "), where=where)
-    return UserError(f"{key.split('.')[-1]} is {error['input']!r}", where=where, allowed=_lower_first(error["msg"]))
-
-
-def _find(node: yaml.Node, location: tuple[Any, ...]) -> yaml.Node:
-    for part in location:
-        if isinstance(node, yaml.MappingNode):
-            found = [(key, value) for key, value in node.value if key.value == str(part)]
-            if not found:
-                break
-            node = found[0][1] if isinstance(found[0][1], yaml.CollectionNode) else found[0][0]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-    return node
-
-
-def _known_keys(schema: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """The keys that the section at `location` may hold."""
-    current: Any = schema
-    for part in location:
-        field = current.model_fields.get(str(part)) if _is_section(current) else None
-        if field is not None:
-            found = [arg for arg in _walk_types(field.annotation) if _is_section(arg)]
-            current = found[0] if found else current
-    return list(current.model_fields)
-
-
-def _walk_types(annotation: Any) -> list[Any]:
-    return [annotation, *(t for arg in getattr(annotation, "__args__", ()) for t in _walk_types(arg))]
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _at(path: Path, node: yaml.Node) -> str:
-    return f"{path}:{node.start_mark.line + 1}"
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]
+    return validate(Run, read_yaml(Path(path)), Path(path))

@@ -17,7 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tasks.choose import settings
 from tasks.config import Hardware, Run, TrainStage
+from tasks.hardware import place
 from tasks.reasons import differences
 from tasks.resolve import BaseModelFiles, Digests, resolve_base_model, resolve_sources, resolve_task_files
 from tasks.stage import ARTIFACT, ORDER, VERSIONS, Order, canonical_json, damage, read_artifact, read_order
@@ -64,10 +66,14 @@ def make_plan(run: Run, config_path: Path, tag: str, hardware: Hardware) -> dict
     with Digests(runs) as digests:
         base = resolve_base_model(run, config_path, digests)
         orders = list(_orders(run, config_path, base, digests, runs))
-    how = {"tag": tag, **hardware.model_dump(exclude_none=True)}
+    how = {"tag": tag, **place(hardware)}
+    orders = [
+        replace(order, how=settings(hardware) | order.how) if order.kind == "train" else order for order in orders
+    ]
     plan: dict[str, Planned] = {}
     for order in orders:
-        planned = _judge(replace(order, how=how | order.how), runs)
+        chosen = settings(hardware) if order.kind == "train" else {}
+        planned = _judge(replace(order, how=how | chosen | order.how), runs)
         redone = [p.stage for p in plan.values() if not p.reused and p.directory.name in upstream(order, runs)]
         if planned.reused and redone:  # the same key, but what it was computed from is being made again
             planned = replace(planned, reasons=tuple(f"{name} runs again" for name in redone))

@@ -34,6 +34,7 @@ from tasks.errors import UserError
 VERSIONS = {"prepare": 1, "train": 1, "evaluate": 1, "report": 1}
 ORDER, ARTIFACT, LOG = "order.json", "artifact.json", "worker.log"
 ERROR, PREEMPTED = "error.txt", "preempted.txt"  # what a worker that did not finish left to say
+OOM = "oom.json"  # of a worker that ran out of memory: measured_gib, predicted_gib, microbatch_rows, step
 KEY_HEX_DIGITS = 10
 LOCK_FD_VARIABLE = "STEEP_LOCK_FD"  # set for a worker whose launcher holds the stage's lock
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "lm-eval", "prefect", "pandas")

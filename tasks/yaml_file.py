@@ -1,0 +1,144 @@
+"""Our YAML files, read and checked: an error names file, line, key, value and what is allowed.
+
+PyYAML's nodes know their lines and pydantic's errors know their keys; `validate` brings both together.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tasks.errors import UserError
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+class Misplaced(ValueError):
+    """A value that contradicts another one; says at which key below its section."""
+
+    def __init__(self, text: str, *location: str) -> None:
+        super().__init__(text)
+        self.location = location
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def locate(path: Path, *keys: str) -> str:
+    """`FILE:LINE, key a.b` for an error about a value that was valid on paper."""
+    return f"{_at(path, _find(read_yaml(path), keys))}, key {'.'.join(keys)}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`, did you mean 'x'?` for the nearest known word, or nothing."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f", did you mean '{found[0]}'?" if found else ""
+
+
+def read_yaml(path: Path) -> yaml.MappingNode:
+    """The file as PyYAML's nodes: a mapping without a key that stands twice. Raises `UserError`."""
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except FileNotFoundError:
+        known = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise UserError(f"no such file: {path}{nearest(str(path), known)}", allowed=", ".join(known)) from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise UserError(f"not readable as YAML: {error.problem}", where=f"{path}:{line}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"not readable as YAML: {error}", where=str(path)) from None
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError("the file holds no `key: value` mapping", where=str(path))
+    _refuse_duplicate_keys(root, path)
+    return root
+
+
+def _refuse_duplicate_keys(node: yaml.Node, path: Path) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:  # YAML would keep the last one in silence
+                raise UserError(f"the key '{key.value}' stands twice", where=_at(path, key))
+            seen.add(key.value)
+            _refuse_duplicate_keys(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_duplicate_keys(value, path)
+
+
+def validate(schema: type[SectionT], node: yaml.Node, path: Path, prefix: tuple[str, ...] = ()) -> SectionT:
+    """The node as a section. Raises `UserError` with file, line, key, value and what is allowed."""
+    constructor = yaml.SafeLoader("")
+    try:
+        return schema.model_validate(constructor.construct_document(node))
+    except ValidationError as error:
+        # A misspelt key also makes a required one go missing: name the misspelling first.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        others = error.error_count() - 1
+        raise _explain(schema, node, path, prefix, dict(first), others) from None
+
+
+def _explain(
+    schema: type[BaseModel], root: yaml.Node, path: Path, prefix: tuple[str, ...], error: dict[str, Any], others: int
+) -> UserError:
+    location = tuple(part for part in error["loc"] if not str(part).startswith(("list[", "function-", "constrained")))
+    location += getattr(error.get("ctx", {}).get("error"), "location", ())
+    node, known = _find(root, location), _known_keys(schema, location[:-1])
+    key = ".".join(map(str, (*prefix, *location))) or "(the whole file)"
+    more = f" ({others} more after this one)" if others else ""
+    where = f"{_at(path, node)}, key {key}{more}"
+    if error["type"] == "extra_forbidden":
+        return UserError(f"unknown key '{location[-1]}'{nearest(str(location[-1]), known)}", where=where,
+                         allowed=", ".join(known), todo="correct or remove the key")  # fmt: skip
+    if error["type"] == "missing":
+        return UserError(f"the key '{location[-1]}' is missing", where=where, todo=f"add `{location[-1]}:`")
+    if error["type"] == "value_error":  # one of our own checks: it says everything
+        return UserError(str(error["msg"]).removeprefix("Value error, "), where=where)
+    return UserError(f"{key.split('.')[-1]} is {error['input']!r}", where=where, allowed=_lower_first(error["msg"]))
+
+
+def _find(node: yaml.Node, location: tuple[Any, ...]) -> yaml.Node:
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == str(part)]
+            if not found:
+                break
+            node = found[0][1] if isinstance(found[0][1], yaml.CollectionNode) else found[0][0]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+    return node
+
+
+def _known_keys(schema: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The keys that the section at `location` may hold."""
+    current: Any = schema
+    for part in location:
+        field = current.model_fields.get(str(part)) if _is_section(current) else None
+        if field is not None:
+            found = [arg for arg in _walk_types(field.annotation) if _is_section(arg)]
+            current = found[0] if found else current
+    return list(current.model_fields)
+
+
+def _walk_types(annotation: Any) -> list[Any]:
+    return [annotation, *(t for arg in getattr(annotation, "__args__", ()) for t in _walk_types(arg))]
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _at(path: Path, node: yaml.Node) -> str:
+    return f"{path}:{node.start_mark.line + 1}"
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
