@@ -14,8 +14,9 @@ from pathlib import Path
 from tasks import hub
 from tasks.errors import UserError
 from tasks.launch import run_worker
+from tasks.oom import OutOfMemory, describe, next_rows, refusal, say_rows
 from tasks.plan import Planned, output_digest, upstream, why_not_reused
-from tasks.stage import ARTIFACT, Order, set_aside, stage_lock, write_order
+from tasks.stage import ARTIFACT, Order, read_order, set_aside, stage_lock, write_order
 
 Say = Callable[[str], None]
 
@@ -31,11 +32,30 @@ def compute(stages: Sequence[Planned], module: str, say: Say, force: bool = Fals
         if not todo:
             return True
         directories = [_order(planned, say) for planned in todo]
-        on_hub = any(_needs_hub(planned.order) for planned in todo)
-        run_worker(module, directories, todo[0].order.how, forward=say, lock_descriptors=descriptors, hub=on_hub)
+        _run_until_it_fits(module, todo, directories, descriptors, say)
         for directory in directories:
             assert (directory / ARTIFACT).is_file(), f"{module} exited with 0 and left no artifact in {directory}"
     return False
+
+
+def _run_until_it_fits(
+    module: str, todo: Sequence[Planned], directories: Sequence[Path], descriptors: Sequence[int], say: Say
+) -> None:
+    """Run the worker; where a GPU's memory runs out and `on_oom: retry` says so, again with half the micro-batch."""
+    order = read_order(directories[0])
+    on_hub = any(_needs_hub(planned.order) for planned in todo)
+    while True:
+        try:
+            return run_worker(module, directories, order.how, forward=say, lock_descriptors=descriptors, hub=on_hub)
+        except OutOfMemory as full:
+            rows = next_rows(order.how)
+            if rows is None:
+                raise refusal(order.stage, full.record, order.how) from None
+            tried = [*order.how.get("out_of_memory", []), full.record]
+            order = replace(order, how=order.how | {"microbatch_rows": rows, "out_of_memory": tried})
+            write_order(order, directories[0].parent)
+            happened = describe(order.stage, full.record)
+            say(f"{order.stage:<14}{happened}; it goes on from its last checkpoint with {say_rows(rows)}")
 
 
 def _needs_hub(order: Order) -> bool:

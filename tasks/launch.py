@@ -2,8 +2,8 @@
 
 A worker runs under `tasks.guard`, writes to `worker.log` in its stage's directory (a file: a pipe would kill it with
 EPIPE when we die, before it can save), and holds the stage's lock through an inherited descriptor. While it runs we
-forward the lines that it means for the person who waits. How it ended becomes an exception: `UserError`, `Preempted` or
-`WorkerFailed`.
+forward the lines that it means for the person who waits. How it ended becomes an exception: `UserError`, `Preempted`,
+`OutOfMemory` or `WorkerFailed`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError, parse
+from tasks.errors import EXIT_OOM, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError, parse
+from tasks.oom import OutOfMemory, read_oom
 from tasks.progress import MARK
-from tasks.stage import ERROR, LOCK_FD_VARIABLE, LOG, PREEMPTED
+from tasks.stage import ERROR, LOCK_FD_VARIABLE, LOG, OOM, PREEMPTED
 
 GUARD = str(Path(__file__).with_name("guard.py"))
 POLL_SECONDS = 0.2
@@ -61,11 +62,11 @@ def run_worker(
 ) -> None:
     """Run `python -m MODULE DIRECTORY...`, under torchrun when `how` asks for several processes, and wait for it.
 
-    The log is that of the first directory. Raises `UserError`, `Preempted` or `WorkerFailed`.
+    The log is that of the first directory. Raises `UserError`, `Preempted`, `OutOfMemory` or `WorkerFailed`.
     """
     log = directories[0] / LOG
     for directory in directories:
-        for said in (ERROR, PREEMPTED):  # of an earlier try
+        for said in (ERROR, PREEMPTED, OOM):  # of an earlier try
             (directory / said).unlink(missing_ok=True)
     guard = [sys.executable, "-S", GUARD, "--grace", str(GRACE_SECONDS), "--"]  # -S: a third of its start-up
     worker = [*python_command(module, how), *map(str, directories)]
@@ -159,6 +160,9 @@ def _raise_for(code: int, command: str, directories: Sequence[Path], tail: Seque
     for error in (directory / ERROR for directory in directories):
         if error.exists():
             raise parse(error.read_text())
+    records = [record for directory in directories if (record := read_oom(directory))]
+    if records or code == EXIT_OOM:
+        raise OutOfMemory(records[0] if records else {})
     if code == EXIT_USER_ERROR:
         raise UserError(f"the input was refused; see {log}")
     if code == EXIT_PREEMPTED or any((directory / PREEMPTED).exists() for directory in directories):

@@ -6,9 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
+from tasks.errors import EXIT_OOM, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from tasks.progress import say
-from tasks.stage import ERROR, LOCK_FD_VARIABLE, finish, read_order, write_text
+from tasks.stage import ERROR, LOCK_FD_VARIABLE, OOM, finish, read_order, write_json, write_text
 
 directory = Path(sys.argv[1])
 deed = read_order(directory).what["deed"]
@@ -25,6 +25,16 @@ elif deed == "preempted":
     sys.exit(EXIT_PREEMPTED)
 elif deed == "crash":
     raise ZeroDivisionError("the reason")
+elif deed.startswith("needs memory"):  # for at most N rows; a checkpoint a try shows that the directory stays
+    rows, most = read_order(directory).how["microbatch_rows"], int(deed.split()[-1])
+    (directory / "checkpoints").mkdir(exist_ok=True)
+    (directory / "checkpoints" / f"{rows}").touch()
+    if rows > most:
+        record = {"measured_gib": 10.0 * rows, "predicted_gib": 12.5, "microbatch_rows": rows, "step": 3}
+        write_json(directory / OOM, record)
+        sys.exit(EXIT_OOM)
+    (directory / "rows.arrow").write_text("rows")
+    finish(directory, ["rows.arrow"], {"tries": sorted(p.name for p in directory.glob("checkpoints/*"))}, 0.0)
 elif deed == "hang":  # with a grandchild in the same group, which ignores SIGTERM
     script = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     child = subprocess.Popen([sys.executable, "-c", script])

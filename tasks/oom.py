@@ -1,0 +1,77 @@
+"""A GPU that ran out of memory all the same: what the worker wrote down, and what to do about it.
+
+The worker leaves `oom.json` (measured_gib, predicted_gib, microbatch_rows, step) and exits with 76. With
+`on_oom: retry` the stage goes on from its last checkpoint at half the micro-batch; the batch of a step stays what it
+was, because the layout spreads it over more micro-batches. Else, or at one row, the person decides.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import UserError
+from tasks.stage import OOM
+
+LESS = {"none": "selective", "selective": "full", "unsloth": "full"}  # the recompute that keeps less
+
+
+class OutOfMemory(RuntimeError):
+    """A worker's GPU ran out of memory; `record` is what `oom.json` says."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        super().__init__(f"out of GPU memory: {record}")
+        self.record = record
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.record,))
+
+
+def read_oom(directory: Path) -> dict[str, Any] | None:
+    """What a worker wrote before it gave up; None where it did not."""
+    path = directory / OOM
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def next_rows(how: dict[str, Any]) -> int | None:
+    """The micro-batch to try after one that did not fit; None when there is none, or nobody asked for it."""
+    rows = int(how.get("microbatch_rows", 1))
+    return rows // 2 if how.get("on_oom") == "retry" and rows > 1 else None
+
+
+def describe(stage: str, record: dict[str, Any]) -> str:
+    """`cpt ran out of GPU memory at step 12 with 4 rows a micro-batch: 138.0 GiB were taken, 121.5 GiB planned`."""
+    at = f" at step {record['step']}" if record.get("step") is not None else ""
+    rows = f" with {say_rows(record['microbatch_rows'])}" if record.get("microbatch_rows") else ""
+    measured, predicted = record.get("measured_gib"), record.get("predicted_gib")
+    taken = f"{measured:.1f} GiB were taken" if measured else "what it took is not known"
+    planned = f"{predicted:.1f} GiB were planned" if predicted else "nothing was planned"
+    return f"{stage} ran out of GPU memory{at}{rows}: {taken}, {planned}"
+
+
+def say_rows(rows: int) -> str:
+    """`4 rows a micro-batch`."""
+    return f"{rows} row{'s' if rows != 1 else ''} a micro-batch"
+
+
+def refusal(stage: str, record: dict[str, Any], how: dict[str, Any]) -> UserError:
+    """The error of a stage that does not go on by itself, with the next setting."""
+    rows, recompute = int(how.get("microbatch_rows", 1)), how.get("recompute", "none")
+    steps = []
+    if rows > 1:
+        steps.append(f"microbatch_rows: {rows // 2}")
+    if recompute in LESS:
+        steps.append(f"recompute: {LESS[recompute]}")
+    if how.get("precision") in ("fp32", "fp32-master") and how.get("device") == "cuda":
+        steps.append("precision: bf16-stochastic")
+    if how.get("backend") == "fsdp" and how.get("offload") != "cpu" and how.get("device") == "cuda":
+        steps.append("offload: cpu")
+    allowed = ", or ".join(steps) if steps else "nothing smaller on this machine: take more GPUs, or larger ones"
+    retry = "" if how.get("on_oom") == "retry" else "; with `on_oom: retry` the stage halves its micro-batch by itself"
+    return UserError(
+        describe(stage, record),
+        where=f"the row of '{how.get('tag', '?')}' in configs/hardware.yaml",
+        allowed=allowed,
+        todo=f"change the row and run the same command again: it goes on from the last checkpoint{retry}",
+    )

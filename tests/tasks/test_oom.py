@@ -1,0 +1,65 @@
+"""A worker that runs out of GPU memory: a real process that exits with 76 until its micro-batch is small enough."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.errors import UserError
+from tasks.execute import compute
+from tasks.oom import refusal
+from tasks.plan import Planned
+from tasks.stage import OOM, Order, read_artifact, read_order
+
+WORKER = "tests.tasks.worker"
+
+
+def planned(runs: Path, most_rows: int, **how: Any) -> Planned:
+    order = Order(
+        "cpt", "train", "tiny", {"deed": f"needs memory for {most_rows}"}, {"device": "cpu", "tag": "box", **how}, {}
+    )
+    return Planned(order, order.directory(runs), ("not yet run",))
+
+
+def test_retrying_halves_the_micro_batch_until_it_fits(tmp_path: Path) -> None:
+    said: list[str] = []
+    stage = planned(tmp_path, 2, microbatch_rows=8, on_oom="retry")
+    assert compute([stage], WORKER, said.append) is False
+    artifact = read_artifact(stage.directory)
+    assert artifact["how"]["microbatch_rows"] == 2
+    assert [record["microbatch_rows"] for record in artifact["how"]["out_of_memory"]] == [8, 4]
+    assert artifact["counts"]["tries"] == ["2", "4", "8"]  # one directory, so the checkpoints of each try are there
+    told = [line for line in said if "ran out" in line]
+    assert (
+        len(told) == 2 and "at step 3 with 8 rows a micro-batch: 80.0 GiB were taken, 12.5 GiB were planned" in told[0]
+    )
+    assert told[0].endswith("it goes on from its last checkpoint with 4 rows a micro-batch")
+    assert not (stage.directory / OOM).exists()
+    assert stage.order.key == read_order(stage.directory).key  # where it runs is no part of what it is
+    assert compute([stage], WORKER, said.append) is True  # planned with 8 rows again, and reused
+
+
+def test_one_row_that_does_not_fit_is_the_end(tmp_path: Path) -> None:
+    stage = planned(tmp_path, 0, microbatch_rows=3, on_oom="retry", backend="fsdp", device="cuda", recompute="none",
+                    precision="fp32-master", offload="none")  # fmt: skip
+    with pytest.raises(UserError, match=r"with 1 row a micro-batch: 10.0 GiB were taken") as refused:
+        compute([stage], WORKER, print)
+    assert refused.value.allowed == "recompute: selective, or precision: bf16-stochastic, or offload: cpu"
+    assert sorted(path.name for path in stage.directory.glob("checkpoints/*")) == ["1", "3"]
+
+
+def test_without_retry_the_error_says_the_next_setting(tmp_path: Path) -> None:
+    stage = planned(tmp_path, 2, microbatch_rows=8, recompute="full", on_oom="fail")
+    with pytest.raises(UserError) as refused:
+        compute([stage], WORKER, print)
+    text = str(refused.value)
+    assert [part for part in ("80.0 GiB were taken, 12.5 GiB were planned", "microbatch_rows: 4", "on_oom: retry", "'box'")
+            if part not in text] == [], text  # fmt: skip
+    assert json.loads((stage.directory / OOM).read_text())["microbatch_rows"] == 8  # stays, for who looks
+
+
+def test_a_worker_that_could_not_write_is_understood_by_its_exit_code() -> None:
+    text = str(refusal("sft", {}, {"microbatch_rows": 1, "recompute": "full", "on_oom": "retry"}))
+    assert "sft ran out of GPU memory: what it took is not known" in text
+    assert "more GPUs" in text
