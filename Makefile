@@ -12,7 +12,7 @@ PIPELINE := $(RUN) -m flows.pipeline --config $(CONFIG) $(if $(HARDWARE),--hardw
 
 .DEFAULT_GOAL := help
 .PHONY: help setup pipeline plan prepare cpt sft evaluate report serve deploy audit test test-slow
-.PHONY: test-operations check benchmark benchmark-orchestrator figures base clean
+.PHONY: test-operations test-faults check benchmark benchmark-orchestrator figures base clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,13 +36,17 @@ audit: $(OPERATIONS) ## known weaknesses of the pinned dependencies, where pip-a
 	@$(RUN) -m pip_audit --requirement constraints.txt --disable-pip --no-deps
 
 test: $(STAMP) ## every test but the slow ones
-	@$(RUN) -m pytest -m "not slow and not gpu and not operations"
+	@$(RUN) -m pytest -m "not slow and not gpu and not operations and not faults"
 
 test-slow: $(STAMP) ## the slow ones
-	@$(RUN) -m pytest -m "slow and not gpu and not operations"
+	@$(RUN) -m pytest -m "slow and not gpu and not operations and not faults"
 
 test-operations: $(OPERATIONS) ## a real server, worker, schedule and browser; screenshots in .screenshots/
 	@$(RUN) -m pytest -m "operations" tests/operations
+
+test-faults: $(STAMP) ## signals, full disks and damage at random moments (STEEP_FAULT_SEED=... replays); prints the table
+	@STEEP_FAULT_TABLE=$(CURDIR)/tests/faults/faults.json $(RUN) -m pytest -m faults tests/faults; \
+	  code=$$?; $(RUN) -m tests.faults.table tests/faults/faults.json; exit $$code
 
 check: $(STAMP) ## lint, format, types, spelling
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy && $(RUN) -m codespell_lib --toml pyproject.toml

@@ -24,6 +24,7 @@ from flows.console import calm
 from flows.credentials import load_secrets
 from flows.parameters import DEFAULT_CONFIG, Config, HardwareOrDefault, Stage
 from flows.routing import hand_over
+from flows.tether import tie_temporary_server
 from tasks.artifacts import show_plan
 from tasks.config import load_config, load_hardware
 from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
@@ -100,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.plan:
             print(render(plan))
             return 0
+        tie_temporary_server()
         pipeline(options.config, options.hardware, options.only, options.until, options.force)
         _show_results(plan)
         return 0

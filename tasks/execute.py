@@ -6,12 +6,14 @@ that it can be called from a plain script too.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from tasks import hub
+from tasks.disk import writes_told
 from tasks.errors import UserError
 from tasks.launch import run_worker
 from tasks.oom import OutOfMemory, describe, next_rows, refusal, say_rows
@@ -26,7 +28,7 @@ def compute(stages: Sequence[Planned], module: str, say: Say, force: bool = Fals
 
     Whether a stage is reused is judged under its lock, so a run that waited for another takes over its result.
     """
-    with ExitStack() as locks:
+    with writes_told(stages[0].directory), ExitStack() as locks:
         descriptors = [locks.enter_context(_lock(planned, say)) for planned in stages]
         todo = [planned for planned in stages if not _reuse(planned, say, force)]
         if not todo:
@@ -72,6 +74,9 @@ def _reuse(planned: Planned, say: Say, force: bool) -> bool:
     finished = (planned.directory / ARTIFACT).is_file()
     reasons = ["forced"] if force else why_not_reused(planned.directory)
     if not reasons:
+        shutil.rmtree(
+            planned.directory / "checkpoints", ignore_errors=True
+        )  # of a run killed right behind its artifact
         say(f"{planned.stage:<14}reused: {planned.directory}")
         return True
     say(f"{planned.stage:<14}runs: {'; '.join(planned.reasons or reasons)}")

@@ -25,6 +25,7 @@ from pathlib import Path
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 POLL_SECONDS = 0.05
 SECONDS_AFTER_KILL = 10.0
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None  # before a fork, which must load nothing
 
 
 def main(argv: list[str]) -> int:
@@ -43,7 +44,12 @@ def main(argv: list[str]) -> int:
         return 143
 
     # The lock's descriptor stays open below us: a stage stays locked for as long as anything computes it.
-    worker = subprocess.Popen(options.command, start_new_session=True, close_fds=False)
+    worker = subprocess.Popen(
+        options.command,
+        start_new_session=True,
+        close_fds=False,
+        preexec_fn=_tie_to_guard,  # noqa: PLW1509  # we have no threads
+    )
     while worker.poll() is None and not stop_requested:
         time.sleep(POLL_SECONDS)
     _end_all(worker, options.grace)  # also stragglers of a worker that ended by itself: they may be saving
@@ -53,9 +59,14 @@ def main(argv: list[str]) -> int:
     return 128 - code if code < 0 else code
 
 
+def _tie_to_guard() -> None:
+    """In the worker before it starts: a guard that was killed itself (out of memory) takes it along, in order."""
+    if _libc is not None:
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _tie_to_parent() -> None:
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
+    if (libc := _libc) is not None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
 

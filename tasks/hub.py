@@ -1,18 +1,23 @@
 """The hub, for configs that name it: a revision becomes a commit, and files come into the local cache.
 
-Without a network, or with HF_HUB_OFFLINE=1, what the cache holds is used; nothing else in the project opens a socket.
+A hub that does not answer, or answers with 429 or 5xx, is asked again after waits that double; then, or with
+HF_HUB_OFFLINE=1, what the cache holds is used. Nothing else in the project opens a socket.
 """
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from tasks.errors import UserError
 
 DESCRIPTION = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
 RepoType = Literal["model", "dataset"]
+WAITS_SECONDS = (0.5, 1.0, 2.0, 4.0)  # between five tries
+Answer = TypeVar("Answer")
 
 
 def resolve_commit(repo_id: str, revision: str | None, repo_type: RepoType, where: str) -> str:
@@ -22,8 +27,8 @@ def resolve_commit(repo_id: str, revision: str | None, repo_type: RepoType, wher
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
-        info = HfApi().repo_info(repo_id, revision=revision, repo_type=repo_type)
-        return str(info.sha)
+        asked = lambda: HfApi().repo_info(repo_id, revision=revision, repo_type=repo_type)  # noqa: E731
+        return str(patiently(asked).sha)
     except (OfflineModeIsEnabled, OSError, httpx.HTTPError) as error:
         if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code < 500:
             raise _refused(repo_id, revision, repo_type, where, error) from None
@@ -44,12 +49,41 @@ def fetch_model(repo_id: str, commit: str, where: str = "") -> Path:
     return _snapshot(repo_id, commit, [*DESCRIPTION, "*.safetensors"], where)
 
 
+def patiently(ask: Callable[[], Answer]) -> Answer:
+    """The answer, after as many tries as it takes and `WAITS_SECONDS` allows; then the last error."""
+    for wait in WAITS_SECONDS:
+        try:
+            return ask()
+        except Exception as error:
+            if not passes(error):
+                raise
+            time.sleep(wait)
+    return ask()
+
+
+def passes(error: BaseException | None) -> bool:
+    """Whether a failure may go away by itself: no answer, too many requests, or a fault of the server."""
+    import httpx
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    while error is not None:
+        if isinstance(error, OfflineModeIsEnabled):  # a ConnectionError too, but waiting mends nothing
+            return False
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return bool(status == 429 or status >= 500)
+        if isinstance(error, httpx.TransportError | ConnectionError | TimeoutError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _snapshot(repo_id: str, commit: str, patterns: list[str], where: str) -> Path:
     import httpx
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo_id, revision=commit, allow_patterns=patterns))
+        return Path(patiently(lambda: snapshot_download(repo_id, revision=commit, allow_patterns=patterns)))
     except (OSError, httpx.HTTPError) as error:
         folder = _cache_of(repo_id, "model") / "snapshots" / commit
         if _holds(folder, weights="*.safetensors" in patterns):

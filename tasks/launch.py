@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tasks.disk import probe
 from tasks.errors import EXIT_OOM, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError, parse
 from tasks.oom import OutOfMemory, read_oom
 from tasks.progress import MARK
@@ -93,7 +94,8 @@ def run_worker(
                 process.send_signal(signal.SIGTERM)
                 process.wait()
             follow(last=True)
-    _raise_for(process.returncode, f"{module} {directories[0].name}", directories, tail)
+    code = 128 - process.returncode if process.returncode < 0 else process.returncode  # the guard itself was killed
+    _raise_for(code, f"{module} {directories[0].name}", directories, tail)
 
 
 def python_command(module: str, how: dict[str, Any]) -> list[str]:
@@ -163,6 +165,8 @@ def _raise_for(code: int, command: str, directories: Sequence[Path], tail: Seque
     records = [record for directory in directories if (record := read_oom(directory))]
     if records or code == EXIT_OOM:
         raise OutOfMemory(records[0] if records else {})
+    if told := probe(directories[0]):  # the disk did not even take its last words
+        raise told
     if code == EXIT_USER_ERROR:
         raise UserError(f"the input was refused; see {log}")
     if code == EXIT_PREEMPTED or any((directory / PREEMPTED).exists() for directory in directories):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -43,8 +44,9 @@ class Digests:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.changed:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.path, json.dumps(self.known))
+            with suppress(OSError):  # a plan can be asked for where nothing can be written
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                write_text(self.path, json.dumps(self.known))
 
     def of(self, path: Path) -> str:
         """The digest of a file."""

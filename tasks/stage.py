@@ -18,17 +18,16 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tasks.errors import UserError
+from tasks.provenance import git_commit, installed_versions
 
 # Bumped when a worker's output changes for the same order; part of every key.
 VERSIONS = {"prepare": 1, "train": 1, "evaluate": 1, "report": 1}
@@ -37,7 +36,6 @@ ERROR, PREEMPTED = "error.txt", "preempted.txt"  # what a worker that did not fi
 OOM = "oom.json"  # of a worker that ran out of memory: measured_gib, predicted_gib, microbatch_rows, step
 KEY_HEX_DIGITS = 10
 LOCK_FD_VARIABLE = "STEEP_LOCK_FD"  # set for a worker whose launcher holds the stage's lock
-PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "lm-eval", "prefect", "pandas")
 
 
 @dataclass(frozen=True)
@@ -75,11 +73,15 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write aside, flush to disk and rename."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:  # a full disk, a signal: half a file helps nobody
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def write_order(order: Order, runs: Path) -> Path:
@@ -99,6 +101,14 @@ def read_order(directory: Path) -> Order:
     return Order(**{name: raw[name] for name in ("stage", "kind", "run", "what", "how", "inputs")})
 
 
+def leave_error(directory: Path, error: UserError) -> None:
+    """What a worker says that ends for a mistake in the input, in `error.txt` and its log, if the disk takes it."""
+    with suppress(OSError):
+        write_text(directory / ERROR, error.render() + "\n")
+    with suppress(OSError):
+        print(error.render(), flush=True)
+
+
 # --- artifact -------------------------------------------------------------------------------------------------------
 
 
@@ -108,6 +118,7 @@ def finish(directory: Path, outputs: Iterable[str], counts: dict[str, Any], seco
     `outputs` are files or folders, relative to the directory; every file below them is digested.
     """
     order = read_order(directory)
+    sweep(directory)
     files = sorted(file for output in outputs for file in _files_below(directory / output))
     artifact = {
         "stage": order.stage,
@@ -124,6 +135,12 @@ def finish(directory: Path, outputs: Iterable[str], counts: dict[str, Any], seco
     }
     write_json(directory / ARTIFACT, artifact)
     return artifact
+
+
+def sweep(directory: Path) -> None:
+    """Remove what killed runs were writing: in a stage's directory, names with a dot before them. Under its lock."""
+    for path in directory.glob(".*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def read_artifact(directory: Path) -> dict[str, Any]:
@@ -218,30 +235,6 @@ def _acquire(descriptor: int, directory: Path, on_wait: Callable[[str], None], w
         raise UserError(f"{directory.name} is being computed by {holder}", todo="wait for it, or stop it")
     on_wait(holder)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-
-
-# --- facts that go into every artifact ------------------------------------------------------------------------------
-
-
-def git_commit() -> str | None:
-    """The project's commit, with `+changes` when the tree differs from it; None outside a repository."""
-    root = Path(__file__).resolve().parent.parent
-    try:
-        run = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"]
-        return subprocess.run(run, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of the packages that decide what comes out."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def free_bytes(path: Path) -> int:

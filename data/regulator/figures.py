@@ -26,7 +26,8 @@ import yaml
 from tasks.config import load_config, load_hardware
 from tasks.execute import compute
 from tasks.plan import Planned, make_plan
-from tasks.stage import git_commit, installed_versions, write_json
+from tasks.provenance import git_commit, installed_versions
+from tasks.stage import write_json
 
 CONFIG = Path("configs/regulator.yaml")
 OUT = Path("data/regulator/figures.json")

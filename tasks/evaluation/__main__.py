@@ -10,12 +10,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from tasks.disk import writes_told
 from tasks.errors import EXIT_USER_ERROR, UserError
 from tasks.evaluation.environment import set_environment
 from tasks.evaluation.heartbeat import heartbeat
 from tasks.evaluation.results import OUTPUTS
 from tasks.progress import say
-from tasks.stage import ERROR, Order, finish, is_done, read_order, stage_lock, write_text
+from tasks.stage import ERROR, Order, finish, is_done, leave_error, read_order, stage_lock
 
 
 def main(directories: list[Path]) -> int:
@@ -23,17 +24,18 @@ def main(directories: list[Path]) -> int:
     if not directories:
         print(__doc__)
         return EXIT_USER_ERROR
-    # One for the whole process: datasets reads its variable when it is imported.
-    with tempfile.TemporaryDirectory(prefix="steep-datasets-") as cache:
+    # One for the whole process: datasets reads its variable when it is imported. In the last stage's directory, where
+    # it is swept when that is finished: a killed process leaves nothing in the system's temporary folder.
+    folder = directories[-1] if directories[-1].is_dir() else None
+    with tempfile.TemporaryDirectory(prefix=".datasets-", dir=folder, ignore_cleanup_errors=True) as cache:
         for directory in directories:
             try:
-                evaluate_stage(directory, cache)
+                with writes_told(directory):
+                    evaluate_stage(directory, cache)
             except UserError as error:
                 # The launcher follows the first directory; a look into the second should tell the same.
                 for folder in {directory, directories[0]}:
-                    if folder.is_dir():
-                        write_text(folder / ERROR, error.render() + "\n")
-                print(error.render(), flush=True)
+                    leave_error(folder, error)
                 return EXIT_USER_ERROR
     return 0
 

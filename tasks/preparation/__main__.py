@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from tasks.disk import writes_told
 from tasks.errors import EXIT_USER_ERROR, UserError
 from tasks.preparation.corpus import Corpus, read_corpus, say_drops, usable
 from tasks.preparation.examples import examples
@@ -28,7 +29,7 @@ from tasks.preparation.shares import describe_mix
 from tasks.preparation.sources import SourcePlan, check_files, plan_sources
 from tasks.preparation.tokenizer import copy_tokenizer, end_of_turn, load_backend, settle
 from tasks.progress import Progress, say
-from tasks.stage import ERROR, Order, finish, is_done, read_order, stage_lock, write_json, write_text
+from tasks.stage import ERROR, Order, finish, is_done, leave_error, read_order, stage_lock, write_json
 
 OUTPUTS = ("rows.arrow", "ledger.json", "mix.json", "examples.json", "tokenizer")
 
@@ -37,15 +38,14 @@ def main(directory: Path) -> int:
     """Run the stage in `directory`; the exit code."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        with stage_lock(directory, on_wait=lambda holder: say(f"prepare waits for {holder}")):
+        with writes_told(directory), stage_lock(directory, on_wait=lambda holder: say(f"prepare waits for {holder}")):
             if is_done(directory):
                 return 0
             began, order = time.monotonic(), read_order(directory)
             (directory / ERROR).unlink(missing_ok=True)
             with_work(directory, order, began)
     except UserError as error:
-        write_text(directory / ERROR, error.render() + "\n")
-        print(error.render(), flush=True)
+        leave_error(directory, error)
         return EXIT_USER_ERROR
     return 0
 

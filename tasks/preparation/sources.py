@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from tasks.config import Source
 from tasks.errors import UserError
+from tasks.hub import patiently
 from tasks.preparation import readers
 from tasks.preparation.readers import Located
 
@@ -139,17 +140,19 @@ def _read_hub(plan: SourcePlan) -> Iterator[tuple[Located, int]]:
 
     assert plan.hub is not None
     hub = plan.hub
+    number = 0
     try:
-        rows = load_dataset(hub["id"], hub.get("subset"), split=hub.get("split") or "train",
-                            revision=hub.get("revision"), streaming=True)  # fmt: skip
+        rows = patiently(lambda: load_dataset(hub["id"], hub.get("subset"), split=hub.get("split") or "train",
+                                              revision=hub.get("revision"), streaming=True))  # fmt: skip
+        for number, row in enumerate(rows, start=1):  # datasets itself asks again for what breaks off
+            yield (number, {field: row[field] for field in plan.fields.values() if field in row}), 0
     except Exception as error:
+        went = f"broke off behind record {number:,}" if number else "cannot be opened"
         raise UserError(
-            f"the hub dataset {_hub_name(hub)} cannot be opened: {error}",
+            f"the hub dataset {_hub_name(hub)} {went}: {error}",
             where=f"sources.{plan.name}.hf",
             todo="check id, subset, split, revision, and that the hub can be reached",
         ) from error
-    for number, row in enumerate(rows, start=1):
-        yield (number, {field: row[field] for field in plan.fields.values() if field in row}), 0
 
 
 def _hub_name(hub: dict[str, Any] | None) -> str:

@@ -8,16 +8,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from tasks.disk import writes_told
 from tasks.errors import EXIT_USER_ERROR, UserError
 from tasks.progress import say
-from tasks.stage import ERROR, is_done, read_order, stage_lock, write_text
+from tasks.stage import is_done, leave_error, read_order, stage_lock
 
 
 def main(directory: Path) -> int:
     """Write the report unless it stands; holds the stage's lock meanwhile."""
     try:
         order = read_order(directory)
-        with stage_lock(directory, on_wait=lambda holder: say(f"{order.stage:<14}waiting for {holder}")):
+        with (
+            writes_told(directory),
+            stage_lock(directory, on_wait=lambda holder: say(f"{order.stage:<14}waiting for {holder}")),
+        ):
             if is_done(directory):
                 return 0
             say(f"{order.stage:<14}drawing the tables and plots of {len(order.inputs)} stages")
@@ -25,9 +29,7 @@ def main(directory: Path) -> int:
 
             artifact = write_report(directory)
     except UserError as error:
-        if directory.is_dir():
-            write_text(directory / ERROR, error.render() + "\n")
-        print(error.render(), flush=True)
+        leave_error(directory, error)
         return EXIT_USER_ERROR
     say(f"{order.stage:<14}done: {directory / 'report.html'}, {artifact['seconds']:.0f} s")
     return 0

@@ -4,7 +4,7 @@
     checkpoints/.writing/               a save in progress; whatever is found there at start was cut off
 
 A run that is killed at any moment, also while saving, finds the last complete checkpoint. A damaged one (a
-file of another size or digest) is skipped, and said so.
+file of another size or digest) is renamed aside, and said so.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tasks.progress import say
 from tasks.stage import file_sha256, write_json
 
 FOLDER, WRITING, DIGESTS = "checkpoints", ".writing", "digests.json"
+DAMAGED = "damaged-"  # before the name of one that was passed over; it goes when the stage is done
 NAME = re.compile(r"checkpoint-(\d+)")
 DIGEST_THREADS = 8  # a sharded checkpoint has a file a process; hashing frees the interpreter's lock
 
@@ -41,7 +42,7 @@ def publish(directory: Path, step: int, keep_last: int) -> Path:
     written = writing_folder(directory) / f"checkpoint-{step}"
     write_json(written / DIGESTS, _digest(written))
     final = directory / FOLDER / f"checkpoint-{step:08d}"
-    if final.exists():  # a damaged one that we resumed behind
+    if final.exists():  # of a run by other means; ours resume from the newest one
         shutil.rmtree(final)
     written.rename(final)
     clear_unfinished(directory)
@@ -51,11 +52,17 @@ def publish(directory: Path, step: int, keep_last: int) -> Path:
 
 
 def newest_whole(directory: Path) -> Path | None:
-    """The newest checkpoint whose files are as they were written."""
+    """The newest checkpoint whose files are as they were written; newer ones, which are not, are renamed aside.
+
+    Left in place they would count among the last ones to keep, and push out the good ones that come before their step.
+    """
     for checkpoint in list_checkpoints(directory):
         if not (problem := damage(checkpoint)):
             return checkpoint
         say(f"checkpoint of step {step_of(checkpoint)} is damaged ({problem}): falling back to the one before")
+        aside = checkpoint.with_name(DAMAGED + checkpoint.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
     return None
 
 

@@ -59,3 +59,13 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Pa
     assert checkpoint.newest_whole(tmp_path) is None
     assert write(tmp_path, 20) == newest
     assert checkpoint.newest_whole(tmp_path) == newest
+
+
+def test_damaged_ones_do_not_push_out_the_good_ones_before_their_step(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write(tmp_path, step, keep_last=3)
+    for newer in checkpoint.list_checkpoints(tmp_path)[:2]:
+        (newer / "state.json").unlink()
+    assert checkpoint.newest_whole(tmp_path) == checkpoint.list_checkpoints(tmp_path)[0]
+    made = write(tmp_path, 12, keep_last=1)
+    assert checkpoint.list_checkpoints(tmp_path) == [made] and checkpoint.newest_whole(tmp_path) == made

@@ -1,0 +1,90 @@
+"""A disk that takes no more: what the system and the libraries say about it, as one of our errors.
+
+Safetensors, torch and Arrow each have an exception of their own for a failed write, with the system's words in it at
+best.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from tasks.errors import UserError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+SAID_WHEN_FULL = ("No space left on device", "os error 28", "errno 28", "Disk quota exceeded", "File too large",
+                  "PytorchStreamWriter failed writing", "unexpected pos")  # fmt: skip
+PROBE_BYTES = 64 * 1024
+
+
+@contextlib.contextmanager
+def writes_told(directory: Path) -> Iterator[None]:
+    """Within, a write that the disk refuses becomes a `UserError` that says so."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if told := refusal(error, directory):
+            raise told from error
+        raise
+
+
+def refusal(error: BaseException | None, directory: Path) -> UserError | None:
+    """The error to show when a failure came from the disk; None for any other."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in FULL or any(said in str(error) for said in SAID_WHEN_FULL):
+            return full(directory)
+        if number in READ_ONLY and _is_below(getattr(error, "filename", None), directory):
+            return read_only(directory, os.strerror(number or 0))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def probe(directory: Path) -> UserError | None:
+    """Whether a small file can be written there: for a worker that could not even write down why it ended."""
+    path = directory / f".probe.{os.getpid()}"
+    try:
+        path.write_bytes(bytes(PROBE_BYTES))
+    except OSError as error:
+        return refusal(error, directory)
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+    return None
+
+
+def full(directory: Path) -> UserError:
+    """The disk is full."""
+    free = shutil.disk_usage(_existing(directory)).free
+    return UserError(
+        f"the disk is full: a write below {directory} was refused, {free / 1e6:,.1f} MB are free",
+        where=str(directory),
+        todo="free some space, or set runs_dir to another disk; then run the same command again, which goes on",
+    )
+
+
+def read_only(directory: Path, said: str) -> UserError:
+    """We may not write there."""
+    return UserError(
+        f"nothing can be written below {directory}: {said}",
+        where=str(directory),
+        todo="make it writable for this user, or set runs_dir to another folder; then run the same command again",
+    )
+
+
+def _is_below(name: object, directory: Path) -> bool:
+    runs = directory.parent.resolve()
+    return isinstance(name, str | os.PathLike) and runs in (path := Path(name).resolve(), *path.parents)
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,31 @@
+"""Facts that go into every artifact: which code and which packages computed it."""
+
+from __future__ import annotations
+
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+# Those that decide what comes out.
+PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "lm-eval", "prefect", "pandas")
+
+
+def git_commit() -> str | None:
+    """The project's commit, with `+changes` when the tree differs from it; None outside a repository."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        run = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"]
+        return subprocess.run(run, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that decide what comes out."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
