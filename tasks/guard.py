@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -50,8 +51,8 @@ def main(argv: list[str]) -> int:
         close_fds=False,
         preexec_fn=_tie_to_guard,  # noqa: PLW1509  # we have no threads
     )
-    while worker.poll() is None and not stop_requested:
-        time.sleep(POLL_SECONDS)
+    while not has_ended(worker, POLL_SECONDS) and not stop_requested:
+        pass
     _end_all(worker, options.grace)  # also stragglers of a worker that ended by itself: they may be saving
     code = worker.returncode
     if code is None or (stop_requested and code == -signal.SIGTERM):
@@ -63,6 +64,21 @@ def _tie_to_guard() -> None:
     """In the worker before it starts: a guard that was killed itself (out of memory) takes it along, in order."""
     if _libc is not None:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def has_ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether a child ends within `seconds`. The kernel tells at once when it does (since Linux 5.3)."""
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except (AttributeError, OSError):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+    else:
+        try:
+            select.select([descriptor], [], [], seconds)
+        finally:
+            os.close(descriptor)
+    return process.poll() is not None
 
 
 def _tie_to_parent() -> None:

@@ -185,7 +185,7 @@ def _report_order(run: Run, made: list[Order], runs: Path) -> Order:
         "domain": run.evaluate.domain if run.evaluate else [],
         "general": run.evaluate.general if run.evaluate else [],
     }
-    return Order("report", "report", run.name, what, {}, {o.stage: str(o.directory(runs)) for o in made})
+    return Order("report", "report", run.name, what, {"threads": 1}, {o.stage: str(o.directory(runs)) for o in made})
 
 
 # --- reused, resumed or stale, and why ------------------------------------------------------------------------------
