@@ -15,6 +15,7 @@ from pathlib import Path
 from tasks import hub
 from tasks.disk import writes_told
 from tasks.errors import UserError
+from tasks.gpus import booked
 from tasks.launch import run_worker
 from tasks.oom import OutOfMemory, describe, next_rows, refusal, say_rows
 from tasks.plan import Planned, output_digest, upstream, why_not_reused
@@ -34,7 +35,9 @@ def compute(stages: Sequence[Planned], module: str, say: Say, force: bool = Fals
         if not todo:
             return True
         directories = [_order(planned, say) for planned in todo]
-        _run_until_it_fits(module, todo, directories, descriptors, say)
+        stage, how = todo[0].stage, todo[0].order.how
+        gpus = locks.enter_context(booked(module, how, str(directories[0]), lambda line: say(f"{stage:<14}{line}")))
+        _run_until_it_fits(module, todo, directories, [*descriptors, *gpus], say)
         for directory in directories:
             assert (directory / ARTIFACT).is_file(), f"{module} exited with 0 and left no artifact in {directory}"
     return False

@@ -1,0 +1,110 @@
+"""One lock a GPU, so that `make pipeline` by hand and a scheduled run do not book the same one twice.
+
+A work pool's limit counts only the runs of that pool. These locks count whatever `steep` starts on the machine. They
+are files that the kernel unlocks when the last process that holds them ends: a killed run frees its GPUs, and a worker
+that outlives its launcher keeps them. Several GPUs are locked in one order everywhere: nobody waits in a circle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import UserError
+
+DRIVER = Path("/proc/driver/nvidia/gpus")
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def lock_folder() -> Path:
+    """Where the locks lie: shared by all users of the machine, as its GPUs are."""
+    return Path(os.environ.get("STEEP_GPU_LOCKS") or Path(tempfile.gettempdir()) / "steep-gpus")
+
+
+@contextmanager
+def booked(module: str, how: dict[str, Any], holder: str, on_wait: Callable[[str], None]) -> Iterator[list[int]]:
+    """Hold the locks of the GPUs that a worker of `module` uses; yields their descriptors, for it to inherit.
+
+    `holder` is what others read who wait. `on_wait` is told, once a GPU, which one is awaited and who holds it.
+    """
+    with contextlib.ExitStack() as locks:
+        yield [locks.enter_context(_locked(name, holder, on_wait)) for name in sorted(gpus_of(module, how))]
+
+
+def gpus_of(module: str, how: dict[str, Any]) -> list[str]:
+    """The GPUs that a worker will use: as many as the tag says for training, the first for evaluation.
+
+    Named by their UUID where the driver tells it, so that an index and a UUID in CUDA_VISIBLE_DEVICES mean the same
+    lock. Raises `UserError` when fewer are visible than the tag says.
+    """
+    if how.get("device") != "cuda" or module not in ("tasks.training", "tasks.evaluation"):
+        return []
+    needed = int(how.get("processes", 1)) if module == "tasks.training" else 1
+    uuids = _uuids()
+    said = os.environ.get(VISIBLE)
+    visible = [part.strip() for part in said.split(",") if part.strip()] if said is not None else None
+    if visible is None:
+        visible = [str(index) for index in range(max(needed, len(uuids)))]
+    if len(visible) < needed:
+        raise UserError(
+            f"the hardware tag '{how.get('tag', '?')}' uses {needed} GPUs, and {VISIBLE} shows {len(visible)}",
+            where=f"{VISIBLE}={said}",
+            todo=f"show it {needed}, or choose a tag with fewer",
+        )
+    return [uuids[int(one)] if one.isdigit() and int(one) < len(uuids) else one for one in visible[:needed]]
+
+
+def _uuids() -> list[str]:
+    """UUIDs of the machine's GPUs by index, as the driver lists them; empty where it does not tell."""
+    found = []
+    for information in sorted(DRIVER.glob("*/information")):  # by their place on the bus
+        with contextlib.suppress(OSError):
+            if said := re.search(r"GPU UUID:\s*(\S+)", information.read_text()):
+                found.append(said[1])
+    return found
+
+
+@contextmanager
+def _locked(gpu: str, holder: str, on_wait: Callable[[str], None]) -> Iterator[int]:
+    descriptor = _open(lock_folder() / f"{re.sub(r'[^A-Za-z0-9-]', '_', gpu)}.lock")
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            said = os.pread(descriptor, 500, 0).decode(errors="replace").strip() or "another process"
+            on_wait(f"waiting: GPU {gpu} is held by {said}")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} ({holder}), since {time.strftime('%F %T')}".encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    """A lock file that every user may hold. One that stands is not created again: a sticky folder forbids that."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.chmod(0o1777)
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(path, flags)
+        descriptor = os.open(path, flags | os.O_CREAT, 0o666)
+        with contextlib.suppress(PermissionError):
+            os.fchmod(descriptor, 0o666)
+        return descriptor
+    except OSError as error:
+        raise UserError(
+            f"the lock of a GPU cannot be opened: {error.strerror}",
+            where=str(path),
+            todo="make it writable for us, or name another folder for all who share the GPUs: STEEP_GPU_LOCKS=...",
+        ) from None

@@ -1,0 +1,135 @@
+"""The lock of a GPU, held by real processes; no GPU is needed to lock one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tasks import gpus, launch
+from tasks.errors import UserError
+from tasks.execute import compute
+from tasks.gpus import booked, gpus_of
+from tasks.plan import Planned
+from tasks.stage import Order, read_artifact
+from tests.conftest import ROOT
+
+TWO = {"device": "cuda", "processes": 2, "tag": "2xh200"}
+HOLD = """
+import sys, time
+from tasks.gpus import booked
+with booked("tasks.training", {"device": "cuda", "processes": int(sys.argv[1])}, "runs/cpt-1", print):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("STEEP_GPU_LOCKS", str(tmp_path / "locks"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(gpus, "DRIVER", tmp_path / "gpus")  # the machine's own GPUs do not count
+    yield
+
+
+def hold(processes: int, seconds: float, visible: str = "0,1") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", HOLD, str(processes), str(seconds)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": visible}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_who_waits_is_told_who_holds_it_and_a_killed_holder_frees_it() -> None:
+    with hold(2, 600) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        waiting: list[str] = []
+        got = threading.Event()
+
+        def book() -> None:
+            with booked("tasks.training", TWO, "runs/sft-2", waiting.append):
+                got.set()
+
+        thread = threading.Thread(target=book)
+        thread.start()
+        assert not got.wait(0.5)
+        assert waiting[0].startswith(f"waiting: GPU 0 is held by process {holder.pid} (runs/cpt-1), since 20")
+        holder.send_signal(signal.SIGKILL)
+        assert got.wait(10)
+        thread.join()
+
+
+def test_a_worker_that_inherits_it_keeps_it(tmp_path: Path) -> None:
+    with booked("tasks.training", TWO, "runs/cpt-1", print) as descriptors:
+        assert len(descriptors) == 2
+        heir = subprocess.Popen(["sleep", "600"], pass_fds=descriptors)
+    try:
+        waiting: list[str] = []
+        thread = threading.Thread(target=lambda: booked("tasks.evaluation", TWO, "b", waiting.append).__enter__())
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive() and "GPU 0" in waiting[0]
+    finally:
+        heir.kill()
+        heir.wait()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_nobody_waits_in_a_circle() -> None:
+    started = [hold(2, 0.01, visible) for _ in range(4) for visible in ("0,1", "1,0")]
+    assert [process.wait(60) for process in started] == [0] * len(started)
+    for process in started:
+        process.stdout.close()  # type: ignore[union-attr]
+
+
+def test_which_gpus_a_worker_books(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpus_of("tasks.training", TWO) == ["0", "1"]
+    assert gpus_of("tasks.evaluation", TWO) == ["0"]
+    assert gpus_of("tasks.preparation", TWO) == gpus_of("tasks.training", {"device": "cpu", "processes": 2}) == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
+    assert gpus_of("tasks.training", TWO) == ["3", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(UserError, match="'2xh200' uses 2 GPUs, and CUDA_VISIBLE_DEVICES shows 1"):
+        gpus_of("tasks.training", TWO)
+
+
+def test_an_index_and_a_uuid_are_one_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, bus in enumerate(("0000:19:00.0", "0000:3b:00.0")):
+        (tmp_path / "gpus" / bus).mkdir(parents=True)
+        text = f"Model: \t\t NVIDIA H200\nGPU UUID: \t GPU-aaaa-{number}\nDevice Minor: \t {number}\n"
+        (tmp_path / "gpus" / bus / "information").write_text(text)
+    assert gpus_of("tasks.training", TWO) == ["GPU-aaaa-0", "GPU-aaaa-1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aaaa-1")
+    assert gpus_of("tasks.evaluation", TWO) == ["GPU-aaaa-1"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert gpus_of("tasks.training", TWO) == ["GPU-aaaa-0", "GPU-aaaa-1"]
+
+
+def test_two_stages_never_share_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs at once, through the code that runs stages; the worker is a small process."""
+    worker = lambda module, how: [sys.executable, "-m", "tests.tasks.worker"]  # noqa: E731
+    monkeypatch.setattr(launch, "python_command", worker)
+    said: list[str] = []
+
+    def run(stage: str) -> None:
+        how = {"device": "cuda", "processes": 1}
+        order = Order(stage, "prepare", "tiny", {"deed": "work slowly"}, how, {})
+        planned = Planned(order, order.directory(tmp_path), ("not yet run",))
+        compute([planned], "tasks.training", said.append)
+        spans.append((read_artifact(planned.directory)["finished_at"], time.monotonic()))
+
+    spans: list[tuple[str, float]] = []
+    began = time.monotonic()
+    threads = [threading.Thread(target=run, args=(stage,)) for stage in ("cpt", "sft")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(spans) == 2 and max(end for _, end in spans) - began >= 3.0  # 1.5 s each, one after the other
+    assert [line for line in said if "waiting: GPU 0 is held by process" in line]
