@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from contextlib import nullcontext, suppress
+from importlib import import_module
 from pathlib import Path
 
 from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
@@ -64,9 +65,10 @@ def _work(directory: Path) -> int:
         for leftover in (ERROR, PREEMPTED):
             (directory / leftover).unlink(missing_ok=True)
         say(f"{order.stage:<14}starting")
-    _set_environment()
-    from tasks.training import fsdp as backend  # chosen before transformers is imported: it may have to come first
-
+    backend_name = order.how.get("backend", "fsdp")
+    _set_environment(unused=() if backend_name == "unsloth" else UNUSED)
+    # Before transformers is imported: Unsloth has to come first.
+    backend = import_module(f"tasks.training.{backend_name}")
     backend.start_process(order.how)
     from tasks.training.run import OUTPUTS, train
 
@@ -79,11 +81,13 @@ def _work(directory: Path) -> int:
     return 0
 
 
-def _set_environment() -> None:
+def _set_environment(unused: tuple[str, ...]) -> None:
     os.environ.update(OFFLINE)
+    # Micro-batches of several widths would otherwise leave holes in a GPU's memory.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # The launcher knows whether the cores are shared; a worker that runs by hand is careful. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for package in UNUSED:
+    for package in unused:
         sys.modules[package] = None  # type: ignore[assignment]
 
 

@@ -5,9 +5,11 @@ keyword arguments.
 - On a CPU, one causal SDPA call a document. Forward + backward of a row of 512 with documents of 73 tokens
   on average, one thread: 4.2 ms; the block mask that transformers would build takes 13.4 ms, ignoring the
   borders 9.6 ms.
-- On a GPU, where many small calls cost more than some padding, documents of similar length share one padded
-  causal call (lengths rounded up to a power of two: at most 2x the tokens, a handful of calls for any
-  number of documents).
+- On a GPU in bf16, torch's `varlen_attn` (FlashAttention over cumulative lengths): faster than ignoring the
+  borders, because it computes less.
+- On a GPU in float32, which that kernel does not know, documents of similar length share one padded causal
+  call (lengths rounded up to a power of two: at most 2x the tokens, a handful of calls for any number of
+  documents).
 
 Models with soft-capped scores, or with sliding windows shorter than a row, keep transformers' own block mask,
 made from the position ids.
@@ -17,15 +19,21 @@ Letters: T tokens, H heads, D width of a head, N documents of a bucket, L the bu
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
 
 ISOLATED = "steep_isolated"
 SMALLEST_BUCKET = 32
+BOUNDS_MULTIPLE = 128  # compiled layers see few different numbers of documents
+KNOWS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.13 does, 2.11 does not
 REFUSED = ("softcap", "s_aux", "position_bias")  # what transformers' models pass that changes the scores
 
 
@@ -42,13 +50,26 @@ def choose_attention(config: Any, seq_len: int) -> str:
     return ISOLATED if plain and passes_lengths else "sdpa"
 
 
-def attention_plan(implementation: str, device_type: str) -> Callable[[Sequence[int]], dict[str, Any]]:
-    """The function from the documents' lengths to the keyword arguments that the attention needs."""
+def attention_plan(
+    implementation: str, device_type: str, seq_len: int, bf16: bool = False
+) -> Callable[[Sequence[int]], dict[str, Any]]:
+    """The function from the documents' lengths to the keyword arguments that the attention needs.
+
+    No document is longer than `seq_len`; `bf16`: the matrix products are.
+    """
     if implementation != ISOLATED:
         return lambda lengths: {}
     if device_type == "cpu":
         return lambda lengths: {"document_lengths": tuple(lengths)}
-    return plan_buckets
+    return partial(plan_bounds, seq_len=seq_len) if bf16 else plan_buckets
+
+
+def plan_bounds(lengths: Sequence[int], seq_len: int) -> dict[str, Any]:
+    """Where documents begin and end, for `varlen_attn`; empty documents fill it up to a round number."""
+    bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    bounds[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
+    missing = -len(bounds) % BOUNDS_MULTIPLE
+    return {"document_bounds": F.pad(bounds, (0, missing), value=int(bounds[-1])), "longest_document": seq_len}
 
 
 def plan_buckets(lengths: Sequence[int]) -> dict[str, Any]:
@@ -59,11 +80,14 @@ def plan_buckets(lengths: Sequence[int]) -> dict[str, Any]:
         bucket = max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
         buckets.setdefault(bucket, []).append((start, length))
         start += length
-    take, restore, offset = [], torch.empty(start, dtype=torch.long), 0
+    total = start
+    take, restore, offset = [], torch.empty(total, dtype=torch.long), 0
     for bucket, documents in buckets.items():
-        index = torch.zeros(len(documents), bucket, dtype=torch.long)  # padding repeats token 0; causal: nobody sees it
+        index = torch.empty(len(documents), bucket, dtype=torch.long)
         for row, (first, length) in enumerate(documents):
-            index[row, :length] = torch.arange(first, first + length)
+            # Padding reads on into what follows: causal, so nobody sees it. (Token 0 for all of it would be
+            # wrong in nothing but speed: the backward pass adds up one token's gradients one after another.)
+            index[row] = torch.arange(first, first + bucket).clamp(max=total - 1)
             restore[first : first + length] = offset + row * bucket + torch.arange(length)
         take.append(index)  # (N, L)
         offset += index.numel()
@@ -79,6 +103,8 @@ def isolated_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     document_lengths: tuple[int, ...] | None = None,
+    document_bounds: torch.Tensor | None = None,
+    longest_document: int = 0,
     bucket_take: list[torch.Tensor] | None = None,
     bucket_restore: torch.Tensor | None = None,
     **kwargs: Any,
@@ -87,6 +113,8 @@ def isolated_attention(
     assert attention_mask is None and query.shape[0] == 1, "documents are told apart by their lengths, in one flat row"
     extra = [name for name in REFUSED if kwargs.get(name) is not None]
     assert not extra, f"this model's attention needs {extra}, which {ISOLATED} does not compute"
+    if document_bounds is not None:
+        return _attend_at_bounds(query, key, value, document_bounds, longest_document, scaling), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -101,6 +129,24 @@ def isolated_attention(
         pieces = [torch.split(x, list(document_lengths), dim=2) for x in (query, key, value)]
         out = torch.cat([attend(*qkv) for qkv in zip(*pieces, strict=True)], dim=2)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _attend_at_bounds(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int,
+    scaling: float | None,
+) -> torch.Tensor:  # fmt: skip
+    if torch.is_autocast_enabled("cuda"):  # a norm of queries and keys leaves float32 behind, which the kernel refuses
+        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and not KNOWS_GROUPS:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scale = scaling if scaling is not None else 1 / math.sqrt(query.shape[-1])
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
+    more: dict[str, Any] = {"enable_gqa": groups > 1} if KNOWS_GROUPS else {}
+    out: Any = varlen_attn(
+        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **more
+    )
+    return out[None]  # type: ignore[no-any-return]  # (1, T, H, D)
 
 
 def _attend_in_buckets(

@@ -46,7 +46,7 @@ class StepLog(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Sum up the step over all processes and refuse a broken one before it reaches the weights."""
-        self.lr = optimizer.param_groups[0]["lr"]
+        self.lr = float(optimizer.param_groups[0]["lr"])  # a tensor in torchao's optimizers
         self.result = self.sums.reduce((preempted(), self._save_is_due()))
         check_step(state.global_step + 1, self.result, self.grad_norm, self.lr)
 

@@ -1,19 +1,23 @@
 """The backend `fsdp`: plain transformers in one process, FSDP2 in several (GPUs with NCCL, CPU processes with
 gloo).
 
-A backend is a module with these functions: `start_process` (before transformers is imported), `set_threads`,
-`trainer_settings`, `before_trainer`, `check_wrapper`, `full_tensors`. With several processes each holds its shard
-of weights, gradients and states; a checkpoint is sharded as well (torch.distributed.checkpoint).
+A backend is a module with these functions: `start_process` (before transformers is imported), `load_model`,
+`set_threads`, `trainer_settings`, `before_trainer`, `check_wrapper`, `full_tensors`. With several processes each holds
+its shard of weights, gradients and states; a checkpoint is sharded as well (torch.distributed.checkpoint).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tasks.errors import UserError
 from tasks.threads import choose_threads
+
+if TYPE_CHECKING:
+    from tasks.training.precision import Precision
 
 
 def world_size() -> int:
@@ -58,7 +62,14 @@ def set_threads(how: dict[str, Any], num_parameters: int) -> int:
     return threads
 
 
-def trainer_settings(how: dict[str, Any]) -> dict[str, Any]:
+def load_model(folder: Path, precision: Precision, seq_len: int, how: dict[str, Any]) -> Any:
+    """The model in the policy's dtype, on this process's CPU."""
+    from tasks.training import model
+
+    return model.load_model(folder, precision, seq_len)
+
+
+def trainer_settings(how: dict[str, Any], precision: Precision) -> dict[str, Any]:
     """The trainer's settings for where it runs."""
     on_cpu = how["device"] == "cpu"
     settings: dict[str, Any] = {"use_cpu": on_cpu, "dataloader_pin_memory": not on_cpu}
@@ -72,12 +83,19 @@ def trainer_settings(how: dict[str, Any]) -> dict[str, Any]:
             "reshard_after_forward": True,
             "cpu_ram_efficient_loading": False,
         }
+        if not on_cpu:
+            settings["bf16"] = False  # FSDP2 casts the shards itself, see before_trainer
+            # Without it a whole model of gradients is kept on every GPU until the last micro-batch of a step.
+            settings["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     return settings
 
 
-def before_trainer(args: Any) -> None:
-    """Make accelerate shard on CPU too: left alone, it replaces FSDP by DDP there, in silence."""
-    if world_size() == 1 or not args.use_cpu:
+def before_trainer(args: Any, precision: Precision) -> None:
+    """FSDP2's own mixed precision on GPUs; and make accelerate shard on CPU too, where it takes DDP in silence."""
+    if world_size() == 1:
+        return
+    if not args.use_cpu:
+        _cast_in_fsdp(args, precision)
         return
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, TorchDynamoPlugin
@@ -93,6 +111,20 @@ def before_trainer(args: Any) -> None:
     )
     state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
     PartialState().distributed_type = DistributedType.FSDP  # copied over the state's whenever that is looked up
+
+
+def _cast_in_fsdp(args: Any, precision: Precision) -> None:
+    """Gather in bf16 and reduce gradients in float32.
+
+    accelerate's own policy would also reduce, and return the loss, in bf16. Against autocast, the activations
+    between the layers are bf16 too, which halves what the layers keep.
+    """
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if precision.computes_bf16:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        args.fsdp_plugin_args["mixed_precision_policy"] = policy
 
 
 def check_wrapper(model: Any) -> str:

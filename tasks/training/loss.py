@@ -15,18 +15,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 
-def token_losses(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-    """Negative log-likelihood of each target of a micro-batch: (N,) float32, in nats."""
+def token_losses(model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log-likelihood of the targets of a micro-batch in nats: its sum, and each target's (N,) float32."""
     inputs = dict(inputs)
     targets, predict_at = inputs.pop("targets"), inputs.pop("predict_at")  # (N,), (N,)
     for name in ("labels", "target_sources", "num_tokens"):
         inputs.pop(name, None)
+    if getattr(model, "computes_loss", False):  # tasks.training.linear_loss
+        total, losses = model(**inputs, predict_at=predict_at, targets=targets, use_cache=False)
+        return total, losses
     # Logits only where a target is: for a chat, that is a fraction of the row.
     logits = model(**inputs, use_cache=False, logits_to_keep=predict_at).logits[0]  # (N, vocabulary)
     if len(targets) == 0:  # a filler: no loss, but every process takes part in the backward pass
-        return logits.sum()[None] * 0.0
-    losses: torch.Tensor = F.cross_entropy(logits.float(), targets, reduction="none")
-    return losses
+        return logits.sum() * 0.0, logits.new_zeros(0)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    return losses.sum(), losses.detach()
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class StepSums:
         self.num_tokens += num_tokens
         if len(target_sources) == 0:
             return
-        losses = losses.detach().double()
+        losses = losses.double()
         for row, weights in enumerate((losses, None)):
             self.sums[row] += torch.bincount(target_sources, weights, minlength=len(self.sources))
 

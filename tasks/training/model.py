@@ -21,7 +21,9 @@ from transformers.utils import logging as transformers_logging
 from tasks.errors import UserError
 from tasks.stage import Order, free_bytes
 from tasks.training.attention import choose_attention
+from tasks.training.linear_loss import can_fuse, fuse_loss
 from tasks.training.precision import Precision
+from tasks.training.recompute import wrap_layers
 
 # A checkpoint holds the weights and Adam's two moments, the export the weights: all float32.
 CHECKPOINT_BYTES_A_PARAMETER, EXPORT_BYTES_A_PARAMETER = 12, 4
@@ -91,6 +93,15 @@ def load_model(folder: Path, precision: Precision, seq_len: int) -> PreTrainedMo
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=precision.weights, attn_implementation=implementation, use_safetensors=True, local_files_only=True
     )
+
+
+def prepare_model(model: PreTrainedModel, how: dict[str, Any]) -> None:
+    """Recomputation, compilation and the fused loss, as the order's `how` says; a CPU keeps the model's own way."""
+    recompute = how.get("recompute", "none")
+    if recompute != "none" or how.get("compile", False):
+        wrap_layers(model, "none" if recompute == "unsloth" else recompute, how.get("compile", False))
+    if how["device"] == "cuda" and can_fuse(model):
+        fuse_loss(model)
 
 
 def add_token_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: list[str]) -> int:

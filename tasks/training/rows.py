@@ -5,8 +5,9 @@ rows `[s * rows_per_step, (s + 1) * rows_per_step)`, however they are spread ove
 processes. Where a step does not divide, filler rows (one token without a target) stand in: nothing repeats
 and no process starves.
 
-A micro-batch is one flat row without padding: its rows behind each other, positions counted from 0 in each
-document. A document's first token has no target, because nothing of its own document stands before it.
+A micro-batch is one flat row: its rows behind each other, positions counted from 0 in each document. A
+document's first token has no target, because nothing of its own document stands before it. Compiled models get every
+micro-batch at its full width, or each new width would be compiled anew: documents without a target fill it up.
 
 Letters: T tokens of a micro-batch, N targets in it.
 """
@@ -88,15 +89,27 @@ class StepSampler(Sampler[int]):
 
 
 def make_collate(
-    plan_attention: Callable[[Sequence[int]], dict[str, Any]],
+    plan_attention: Callable[[Sequence[int]], dict[str, Any]], fill_to: int = 0, longest: int = 0
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """The function from the rows of one micro-batch to tensors; `plan_attention` gets the documents' lengths."""
+    """The function from the rows of one micro-batch to tensors; `plan_attention` gets the documents' lengths.
+
+    With `fill_to`, a micro-batch is filled up to that many tokens by documents of at most `longest` without a target.
+    """
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         real = [row for row in rows if row["seq_lengths"][0] > 0]  # fillers have nothing to learn from
-        return _flatten(real or rows[:1], plan_attention, num_tokens=sum(len(row["input_ids"]) for row in real))
+        num_tokens = sum(len(row["input_ids"]) for row in real)
+        filling = list(_filling(fill_to - max(num_tokens, 1), longest))
+        return _flatten([*(real or rows[:1]), *filling], plan_attention, num_tokens)
 
     return collate
+
+
+def _filling(num_tokens: int, longest: int) -> Iterator[dict[str, Any]]:
+    for first in range(0, num_tokens, max(longest, 1)):
+        length = min(longest, num_tokens - first)
+        ids, labels = np.zeros(length), np.full(length, IGNORE_INDEX)
+        yield {"input_ids": ids, "labels": labels, "seq_lengths": np.array([length]), "seq_sources": np.zeros(1)}
 
 
 def _flatten(

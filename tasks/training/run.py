@@ -20,12 +20,12 @@ from tasks.training.attention import attention_plan
 from tasks.training.callbacks import StepLog
 from tasks.training.loss import StepSums
 from tasks.training.metrics import METRICS, read_metrics
-from tasks.training.model import add_token_rows, check_init, describe, load_model, load_tokenizer, resolve_init
+from tasks.training.model import add_token_rows, check_init, describe, load_tokenizer, prepare_model, resolve_init
 from tasks.training.precision import precision_policy
 from tasks.training.preemption import finishing_steps
 from tasks.training.rows import Layout, load_rows, make_collate
 from tasks.training.trackers import TENSORBOARD, check_tracker
-from tasks.training.trainer import RowTrainer, make_config
+from tasks.training.trainer import ADAM_EPSILON, RowTrainer, make_config
 
 OUTPUTS = (export.MODEL, METRICS, TENSORBOARD)
 RESUMES = "resumed_from.json"
@@ -44,37 +44,57 @@ class Inputs:
 
 def train(directory: Path, order: Order, backend: ModuleType) -> dict[str, Any]:
     """Train, export, and return the counts of the artifact."""
+    is_main = backend.rank() == 0
+    fitted = fit(directory, order, backend)
+    if is_main:
+        say(f"{order.stage:<14}exporting the model")
+    tensors = {name: tensor for name, tensor in backend.full_tensors(fitted.trainer.model) if is_main}
+    if not is_main:
+        return {}
+    moved = save(directory, fitted.inputs, fitted.trainer, tensors)
+    return count(directory, fitted.layout) | fitted.facts | {"weights_moved_share": moved}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained model and how it came about."""
+
+    trainer: RowTrainer
+    inputs: Inputs
+    layout: Layout
+    facts: dict[str, Any]  # for the artifact
+
+
+def fit(directory: Path, order: Order, backend: ModuleType) -> Fitted:
+    """Load, train to the last step (or raise `Preempted`), and say what came about."""
     what, is_main = order.what, backend.rank() == 0
     precision = precision_policy(order.how["precision"])
     inputs = read_inputs(directory, order)
     layout = plan_layout(what, order.how, len(inputs.rows) - 1, backend.world_size())
 
     tell = say if is_main else lambda text: None
+    if precision.warning:
+        tell(f"{order.stage:<14}warning: {precision.warning}")
     tell(f"{order.stage:<14}loading {inputs.init}")
-    model = load_model(inputs.init, precision, what["seq_len"])
+    model = backend.load_model(inputs.init, precision, what["seq_len"], order.how)
     num_new_rows = add_token_rows(model, inputs.tokenizer, inputs.new_tokens)
+    prepare_model(model, order.how)
     threads = backend.set_threads(order.how, model.num_parameters())
     tell(f"{order.stage:<14}{describe(model)}; {layout.num_steps} steps of {layout.rows_per_step} rows")
 
-    config = make_config(directory, what, layout, precision, backend.trainer_settings(order.how))
+    config = make_config(directory, what, layout, precision, backend.trainer_settings(order.how, precision))
     trainer = assemble(directory, order, backend, config, inputs, layout, model)
     resume_from = find_resume(directory, order.stage, is_main)
     with finishing_steps():
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-
-    tell(f"{order.stage:<14}exporting the model")
-    tensors = {name: tensor for name, tensor in backend.full_tensors(trainer.model) if is_main}
-    if not is_main:
-        return {}
-    moved = save(directory, inputs, trainer, tensors)
-    return count(directory, layout) | {
+    facts = {
         "seconds_earlier": seconds_until(directory, resume_from),
-        "weights_moved_share": moved,
         "new_embedding_rows": num_new_rows,
         "wrapper": trainer.wrapper,
         "attention": model.config._attn_implementation,
         "threads": threads,
     }
+    return Fitted(trainer, inputs, layout, facts)
 
 
 def read_inputs(directory: Path, order: Order) -> Inputs:
@@ -93,16 +113,21 @@ def assemble(
     directory: Path, order: Order, backend: ModuleType, config: Any, inputs: Inputs, layout: Layout, model: Any
 ) -> RowTrainer:
     """The trainer with its rows, its log and its backend."""
-    backend.before_trainer(config)
+    precision = precision_policy(order.how["precision"])
+    backend.before_trainer(config, precision)
+    seq_len = order.what["seq_len"]
+    attention = attention_plan(model.config._attn_implementation, config.device.type, seq_len, precision.computes_bf16)
+    fill_to = layout.microbatch_rows * seq_len if order.how.get("compile", False) else 0
     sums = StepSums(inputs.said["sources"], config.device)
     step_log = StepLog(directory, order.stage, layout.num_steps, sums, order.how, is_main=backend.rank() == 0)
     trainer = RowTrainer(
         model=model,
         args=config,
         train_dataset=inputs.rows,
-        data_collator=make_collate(attention_plan(model.config._attn_implementation, config.device.type)),
+        data_collator=make_collate(attention, fill_to, longest=seq_len),
         processing_class=inputs.tokenizer,
         callbacks=[step_log],
+        optimizer_cls_and_kwargs=precision.optimizer(order.what, ADAM_EPSILON),
         what=order.what,
         layout=layout,
         step_log=step_log,

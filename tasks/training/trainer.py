@@ -43,6 +43,7 @@ class RowTrainer(SFTTrainer):
         self.what, self.layout, self.step_log, self.directory = what, layout, step_log, directory
         self.backend, self.wrapper = backend, ""
         super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # our loss divides by the whole step; nobody else divides it again
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return StepSampler(self.layout)
@@ -68,10 +69,10 @@ class RowTrainer(SFTTrainer):
     ) -> torch.Tensor:
         """Sum over this micro-batch's targets, divided by all targets of the step on all processes."""
         assert num_items_in_batch is not None and not return_outputs
-        losses = token_losses(model, inputs)  # (N,)
+        total, losses = token_losses(model, inputs)  # scalar, (N,)
         self.step_log.sums.add(losses, inputs["target_sources"], inputs["num_tokens"])
         # Gradients are averaged over processes: times their number makes it the sum that we want.
-        loss: torch.Tensor = losses.sum() / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
+        loss: torch.Tensor = total / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -101,50 +102,48 @@ def make_config(
     directory: Path, what: dict[str, Any], layout: Layout, precision: Precision, backend_settings: dict[str, Any]
 ) -> SFTConfig:
     """Every setting that decides what is learned, and every one that would talk to someone."""
-    return SFTConfig(
-        output_dir=str(checkpoint.writing_folder(directory)),
+    settings: dict[str, Any] = {
+        "output_dir": str(checkpoint.writing_folder(directory)),
         # batches
-        num_train_epochs=1,
-        max_steps=-1,
-        per_device_train_batch_size=layout.microbatch_rows,
-        gradient_accumulation_steps=layout.accumulation,
-        average_tokens_across_devices=True,
-        dataloader_drop_last=False,
-        dataloader_num_workers=0,
-        remove_unused_columns=False,
+        "num_train_epochs": 1,
+        "max_steps": -1,
+        "per_device_train_batch_size": layout.microbatch_rows,
+        "gradient_accumulation_steps": layout.accumulation,
+        "average_tokens_across_devices": True,
+        "dataloader_drop_last": False,
+        "dataloader_num_workers": 0,
+        "remove_unused_columns": False,
         # our rows are ready
-        packing=False,
-        padding_free=False,
-        max_length=None,
-        completion_only_loss=False,
-        assistant_only_loss=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
+        "packing": False,
+        "padding_free": False,
+        "max_length": None,
+        "completion_only_loss": False,
+        "assistant_only_loss": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
         # optimizer
-        optim="adamw_torch_fused",
-        learning_rate=what["learning_rate"],
-        weight_decay=what["weight_decay"],
-        adam_beta1=what["adam_betas"][0],
-        adam_beta2=what["adam_betas"][1],
-        adam_epsilon=ADAM_EPSILON,
-        max_grad_norm=what["max_grad_norm"],
-        lr_scheduler_type="constant",  # replaced by create_scheduler
-        warmup_steps=0,
+        "learning_rate": what["learning_rate"],
+        "weight_decay": what["weight_decay"],
+        "adam_beta1": what["adam_betas"][0],
+        "adam_beta2": what["adam_betas"][1],
+        "adam_epsilon": ADAM_EPSILON,
+        "max_grad_norm": what["max_grad_norm"],
+        "lr_scheduler_type": "constant",  # replaced by create_scheduler
+        "warmup_steps": 0,
         # loss and memory
-        loss_type="nll",
-        use_liger_kernel=False,
-        gradient_checkpointing=False,
-        activation_offloading=False,
-        torch_compile=False,
+        "loss_type": "nll",
+        "use_liger_kernel": False,
+        "gradient_checkpointing": False,
+        "activation_offloading": False,
+        "torch_compile": False,
         # what is said and kept is ours
-        logging_strategy="no",
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        eval_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        push_to_hub=False,
-        seed=what["seed"],
-        data_seed=what["seed"],
-        **precision.trainer_settings,
-        **backend_settings,
-    )
+        "logging_strategy": "no",
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "push_to_hub": False,
+        "seed": what["seed"],
+        "data_seed": what["seed"],
+    }
+    return SFTConfig(**(settings | precision.trainer_settings | backend_settings))

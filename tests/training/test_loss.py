@@ -19,22 +19,23 @@ from tests.training.conftest import make_documents, pack, write_rows
 
 def test_token_losses_equal_shifted_cross_entropy_over_all_logits(base: Path, tmp_path: Path) -> None:
     rows = load_rows(write_rows(tmp_path / "rows.arrow", pack(make_documents(9))[:1]), filler_token=1)
-    batch = make_collate(attention_plan(ISOLATED, "cpu"))([rows[0]])
+    batch = make_collate(attention_plan(ISOLATED, "cpu", 512))([rows[0]])
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation=ISOLATED)
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "document_lengths")}
     with torch.no_grad():
         logits = model(**inputs, use_cache=False).logits[0]
         full = cross_entropy(logits[:-1], batch["labels"][0, 1:], reduction="none", ignore_index=-100)
-        ours = token_losses(model, batch)
+        total, ours = token_losses(model, batch)
     assert len(ours) < len(full), "some tokens should have no target"
     torch.testing.assert_close(ours, full[batch["labels"][0, 1:] != -100], atol=1e-6, rtol=0)
+    torch.testing.assert_close(total, ours.sum())
 
 
 def test_a_filler_has_no_loss_but_a_gradient_path(base: Path, tmp_path: Path) -> None:
     rows = load_rows(write_rows(tmp_path / "rows.arrow", pack(make_documents(9))[:1]), filler_token=1)
-    batch = make_collate(attention_plan(ISOLATED, "cpu"))([rows[1]])
+    batch = make_collate(attention_plan(ISOLATED, "cpu", 512))([rows[1]])
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation=ISOLATED)
-    loss = token_losses(model, batch).sum()
+    loss = token_losses(model, batch)[0]
     loss.backward()
     assert loss == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

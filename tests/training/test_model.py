@@ -124,5 +124,5 @@ def test_float32_is_handed_over_and_bf16_is_widened(base: Path, tmp_path: Path) 
 
 
 def test_unknown_precision_is_refused() -> None:
-    with pytest.raises(UserError, match="unknown precision 'bf16'"):
-        precision_policy("bf16")
+    with pytest.raises(UserError, match="unknown precision 'fp16'"):
+        precision_policy("fp16")
