@@ -13,6 +13,7 @@ import yaml
 from pydantic import AfterValidator, Field
 
 from tasks.config import HARDWARE_FILE, load_config, load_hardware
+from tasks.hardware import AUTO
 
 DEFAULT_CONFIG = "configs/regulator.yaml"
 # Below the project's root, and a YAML file. The server checks it; the command line takes any path.
@@ -20,9 +21,9 @@ CONFIG_PATTERN = r"^(?!/)(?!.*\.\.)[A-Za-z0-9_./-]+\.ya?ml$"
 
 
 def hardware_tags() -> list[str]:
-    """The rows of configs/hardware.yaml, as they stand when the flows are imported; none outside a project."""
+    """The rows of configs/hardware.yaml, as the flows' import finds them, and `auto`; none outside a project."""
     try:
-        return list(yaml.safe_load(HARDWARE_FILE.read_text()))
+        return [*yaml.safe_load(HARDWARE_FILE.read_text()), AUTO]
     except OSError:
         return []
 
@@ -33,7 +34,8 @@ def _check_config(path: str) -> str:
 
 
 def _check_hardware(tag: str) -> str:
-    load_hardware(tag)
+    if tag != AUTO:
+        load_hardware(tag)
     return tag
 
 

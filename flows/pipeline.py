@@ -26,10 +26,13 @@ from flows.parameters import DEFAULT_CONFIG, Config, HardwareOrDefault, Stage
 from flows.routing import hand_over
 from flows.tether import tie_temporary_server
 from tasks.artifacts import show_plan
-from tasks.config import load_config, load_hardware
+from tasks.config import load_config
 from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from tasks.evaluate import evaluate
+from tasks.forecast import lines, missing_for, preflight
 from tasks.launch import Preempted, WorkerFailed
+from tasks.machine import resolve_tag
+from tasks.outcome import speaker
 from tasks.plan import GROUPS, Planned, make_plan, render, select
 from tasks.prepare import prepare
 from tasks.report import report
@@ -57,7 +60,7 @@ def pipeline(
 
     Args:
         config: A run's file below the project's root, as configs/regulator.yaml.
-        hardware: A tag of configs/hardware.yaml; empty: the one that the config names.
+        hardware: A tag of configs/hardware.yaml, or auto; empty: the one that the config names.
         only: Run this stage alone, from what stands before it.
         until: Run everything up to this stage.
         force: Run this stage again though it stands; the old one is set aside.
@@ -69,6 +72,7 @@ def pipeline(
     plan = load_plan(config, hardware)
     wanted = select(plan, only, until)
     show_plan(plan)
+    announce(plan, wanted)
 
     rows: dict[str, Any] = {}
     models: list[Any] = []
@@ -93,8 +97,16 @@ pipeline.serialize_parameters = dict  # type: ignore[method-assign, assignment]
 def load_plan(config: str, hardware: str | None) -> dict[str, Planned]:
     """The plan of a run's file; `hardware` overrides its tag."""
     run = load_config(config)
-    tag = hardware or run.hardware
-    return make_plan(run, Path(config), tag, load_hardware(tag))
+    tag, row = resolve_tag(hardware or run.hardware)
+    return make_plan(run, Path(config), tag, row)
+
+
+def announce(plan: dict[str, Planned], wanted: list[str]) -> None:
+    """The first lines of a run: what its trainings will take. Refuses what this machine cannot do."""
+    say = speaker()
+    for line in lines(plan, wanted):
+        say(line)
+    preflight(plan, wanted)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         plan = load_plan(options.config, options.hardware)  # a bad config is told before any server starts
         if options.plan:
-            print(render(plan))
+            _show_plan(plan)
             return 0
         tie_temporary_server()
         pipeline(options.config, options.hardware, options.only, options.until, options.force)
@@ -123,6 +135,12 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def _show_plan(plan: dict[str, Planned]) -> None:
+    print("\n".join([render(plan), *(["", *said] if (said := lines(plan)) else [])]))
+    if missing := missing_for(plan, plan):
+        print(f"\nnot on this machine: {missing.what}; {missing.todo}")
+
+
 def _show_results(plan: dict[str, Planned]) -> None:
     directory = plan["report"].directory
     if (directory / "results.csv").is_file():
@@ -132,7 +150,7 @@ def _show_results(plan: dict[str, Planned]) -> None:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="flows.pipeline", description="CPT, then SFT, then proof.")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help=f"a run's file (default {DEFAULT_CONFIG})")
-    parser.add_argument("--hardware", help="a tag of configs/hardware.yaml (default: the config's)")
+    parser.add_argument("--hardware", help="a tag of configs/hardware.yaml, or auto (default: the config's)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--only", choices=GROUPS, help="run this stage alone")
     which.add_argument("--until", choices=GROUPS, help="run up to this stage")

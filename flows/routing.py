@@ -2,7 +2,8 @@
 
 A deployment belongs to one pool, but its form lets one choose any tag. A run that lands in the wrong pool hands itself
 over to the deployment `pipeline/POOL` and ends at once, so a GPU's pool and its limit of one run see every GPU run.
-Runs without a deployment (`make pipeline`) happen where they were started.
+Runs without a deployment (`make pipeline`) happen where they were started. So does the tag `auto`: the machine that a
+run landed on resolves it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from prefect.states import Completed
 
 from tasks.config import load_hardware
 from tasks.errors import UserError
+from tasks.hardware import AUTO
 
 HANDED_OVER = "handed-over"  # tag of a run that was sent to its pool once
 
@@ -25,6 +27,8 @@ def hand_over(tag: str, parameters: dict[str, Any]) -> State[None] | None:
     """Start the run in the pool of `tag`, when it is not there already; the state that says where it went."""
     context = FlowRunContext.get()
     here = context.flow_run.work_pool_name if context and context.flow_run else None
+    if tag == AUTO:  # whatever machine it landed on
+        return None
     pool = load_hardware(tag).work_pool
     if here is None or here == pool or context is None or context.flow_run is None:
         return None

@@ -100,6 +100,8 @@ def _order(planned: Planned, say: Say) -> Path:
             where=str(runs),
             todo=f"run the stages before it too: --until {planned.group}",
         )
+    if planned.unfit:
+        raise planned.unfit
     _fetch_weights(planned.order, say)
     return write_order(replace(planned.order, how={**planned.order.how, "input_digests": digests}), runs)
 

@@ -15,6 +15,7 @@ from tasks.errors import UserError
 from tasks.yaml_file import Misplaced, Section, nearest, read_yaml, validate
 
 HARDWARE_FILE = Path("configs/hardware.yaml")
+AUTO = "auto"  # a tag, and a value: the machine decides, or the plan
 
 Precision = Literal["fp32", "fp32-master", "bf16-stochastic", "bf16"]
 Recompute = Literal["none", "selective", "full", "unsloth"]
@@ -28,7 +29,7 @@ class Hardware(Section):
     device: Literal["cpu", "cuda"]
     processes: int = Field(1, ge=1, description="GPUs, or CPU processes, of one node")
     nodes: int = Field(1, ge=1)
-    card: str | None = Field(None, description="name of the GPU in tasks/cards.py, for its peak rate")
+    card: str | None = Field(None, description="name of the GPU in tasks/cards.py, for the plan of time")
     memory_gib: float | None = Field(None, gt=0, description="of one GPU, as torch sees it")
     precision: Precision | Auto = "auto"
     recompute: Recompute | Auto = Field("auto", description="what a layer computes again in the backward pass")
@@ -49,8 +50,8 @@ class Hardware(Section):
     def _check(self) -> Hardware:
         if isinstance(self.microbatch_rows, int) and self.microbatch_rows < 1:
             raise Misplaced(f"microbatch_rows is {self.microbatch_rows}; 1 or more, or auto", "microbatch_rows")
-        if self.device == "cuda" and not (self.memory_gib and self.card):
-            raise Misplaced("a GPU's row says its 'card' and 'memory_gib', for the plan of memory and time", "device")
+        if self.device == "cuda" and not self.memory_gib:
+            raise Misplaced("a GPU's row says its 'memory_gib', for the plan", "device")
         self._check_backend()
         self._check_offload()
         if self.rendezvous and self.nodes == 1:
@@ -83,12 +84,17 @@ def load_hardware(tag: str, path: Path = HARDWARE_FILE) -> Hardware:
     rows = {key.value: (key, value) for key, value in root.value}
     if tag not in rows:
         raise UserError(
-            f"unknown hardware tag '{tag}'{nearest(tag, rows)}",
+            f"unknown hardware tag '{tag}'{nearest(tag, [*rows, AUTO])}",
             where=str(path),
-            allowed=", ".join(rows),
+            allowed=", ".join([*rows, AUTO]),
             todo="set `hardware:` in the run's file or pass --hardware; a new machine is one new row",
         )
     return validate(Hardware, rows[tag][1], path, prefix=(tag,))
+
+
+def tags(path: Path = HARDWARE_FILE) -> list[str]:
+    """The tags that have a row, in the file's order."""
+    return [key.value for key, _ in read_yaml(path).value]
 
 
 def place(hardware: Hardware) -> dict[str, Any]:

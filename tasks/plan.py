@@ -17,9 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tasks.choose import settings
+from tasks.choose import Choice, Job, choose
 from tasks.config import Hardware, Run, TrainStage
+from tasks.errors import UserError
 from tasks.hardware import place
+from tasks.model_shape import ModelShape, shape_if_known
 from tasks.reasons import differences
 from tasks.resolve import BaseModelFiles, Digests, resolve_base_model, resolve_sources, resolve_task_files
 from tasks.stage import ARTIFACT, ORDER, VERSIONS, Order, canonical_json, damage, read_artifact, read_order
@@ -38,6 +40,9 @@ class Planned:
     directory: Path
     reasons: tuple[str, ...]  # why it must run; empty when it is reused
     resumes: bool = False  # a run of it was interrupted; it goes on from there
+    choice: Choice | None = None  # of a training: the settings that it will run with, and what they take
+    budget_tokens: int | None = None  # of a training whose budget is in tokens
+    unfit: UserError | None = None  # of a training that is reused: why it could not run here again
 
     @property
     def stage(self) -> str:
@@ -66,19 +71,31 @@ def make_plan(run: Run, config_path: Path, tag: str, hardware: Hardware) -> dict
     with Digests(runs) as digests:
         base = resolve_base_model(run, config_path, digests)
         orders = list(_orders(run, config_path, base, digests, runs))
-    how = {"tag": tag, **place(hardware)}
-    orders = [
-        replace(order, how=settings(hardware) | order.how) if order.kind == "train" else order for order in orders
-    ]
+    how, shape = {"tag": tag, **place(hardware)}, shape_if_known(Path(base.path))
     plan: dict[str, Planned] = {}
     for order in orders:
-        chosen = settings(hardware) if order.kind == "train" else {}
-        planned = _judge(replace(order, how=how | chosen | order.how), runs)
+        planned = _judge(replace(order, how=how | order.how), runs)
         redone = [p.stage for p in plan.values() if not p.reused and p.directory.name in upstream(order, runs)]
         if planned.reused and redone:  # the same key, but what it was computed from is being made again
             planned = replace(planned, reasons=tuple(f"{name} runs again" for name in redone))
+        if order.kind == "train":
+            planned = _settle(planned, run, tag, hardware, shape)
         plan[planned.stage] = planned
     return plan
+
+
+def _settle(planned: Planned, run: Run, tag: str, hardware: Hardware, shape: ModelShape | None) -> Planned:
+    """A training with its settings. Raises `UserError` where it does not fit and has to run."""
+    stage = run.train_stages[planned.stage]
+    job = Job(shape, run.model.seq_len, stage.batch_tokens // run.model.seq_len) if shape else None
+    try:
+        choice = choose(tag, hardware, job)
+    except UserError as unfit:
+        if not planned.reused:
+            raise
+        return replace(planned, unfit=unfit)
+    order = replace(planned.order, how=choice.how | planned.order.how)
+    return replace(planned, order=order, choice=choice, budget_tokens=stage.tokens)
 
 
 def select(plan: dict[str, Planned], only: str | None, until: str | None) -> list[str]:

@@ -24,7 +24,7 @@ from data.regulator.__main__ import FOLDER
 from data.regulator.exercises import KINDS as EXERCISES
 from data.regulator.pretrain import make_rows, pretrain
 from data.regulator.tokenizer import END_OF_TEXT, MAX_POSITIONS, PAD, TURN_END, train_tokenizer
-from tasks.config import load_hardware
+from tasks.machine import resolve_tag
 from tasks.progress import say
 
 TOKENS = 173_000_000
@@ -39,7 +39,7 @@ SHAPE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 384, "num_hidd
 def main() -> None:
     """Tokenizer and random weights, rows, training, the folder that ships."""
     asked = arguments()
-    device = load_hardware(asked.hardware).device
+    device = resolve_tag(asked.hardware)[1].device
     say("base          learning the tokenizer")
     tokenizer = make_tokenizer()
     asked.out.mkdir(parents=True, exist_ok=True)

@@ -23,8 +23,9 @@ from typing import Any
 
 import yaml
 
-from tasks.config import load_config, load_hardware
+from tasks.config import load_config
 from tasks.execute import compute
+from tasks.machine import resolve_tag
 from tasks.plan import Planned, make_plan
 from tasks.provenance import git_commit, installed_versions
 from tasks.stage import write_json
@@ -66,7 +67,7 @@ def main() -> None:
 
 def plan_arm(arm: str, seed: int, tag: str, threads: int | None) -> dict[str, Planned]:
     """The stages of one arm and seed; `threads` keeps runs at once out of each other's cores."""
-    config, hardware = write_config(arm, seed), load_hardware(tag)
+    config, (tag, hardware) = write_config(arm, seed), resolve_tag(tag)
     return make_plan(
         load_config(config), config, tag, hardware.model_copy(update={"threads": threads or hardware.threads})
     )

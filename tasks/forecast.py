@@ -1,0 +1,137 @@
+"""What the training stages of a plan will take: settings, memory by parts, speed, time, disk. And what is missing here.
+
+`lines` is what `make plan` and the first lines of every run print; `preflight` refuses before anything starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tasks.cards import matrix_flops
+from tasks.errors import UserError
+from tasks.hardware import Hardware
+from tasks.machine import missing_here
+from tasks.plan import Planned
+from tasks.room import check_disk, stage_bytes
+from tasks.speed import MEAN_CONTEXT
+from tasks.stage import ARTIFACT, free_bytes, read_artifact
+
+INDENT = " " * 7
+
+
+def lines(plan: dict[str, Planned], wanted: Iterable[str] | None = None) -> list[str]:
+    """Three lines for each training stage that will run; one on a CPU, where nothing is predicted."""
+    return [line for planned in _trainings(plan, wanted) for line in _stage_lines(planned)]
+
+
+def preflight(plan: dict[str, Planned], wanted: Iterable[str]) -> None:
+    """Refuse what would fail later: GPUs or extras that are not here, a disk that is too small."""
+    if missing := missing_for(plan, wanted):
+        raise missing
+    for planned in _trainings(plan, wanted):
+        if planned.choice and planned.choice.job:
+            parameters = planned.choice.job.shape.parameters
+            check_disk(planned.directory, parameters, planned.order.how["precision"], _keep_last(planned))
+
+
+def missing_for(plan: dict[str, Planned], wanted: Iterable[str]) -> UserError | None:
+    """What this machine lacks for the stages that will run on a GPU."""
+    on_gpu = [plan[name] for name in wanted if plan[name].group in ("cpt", "sft", "evaluate") and not plan[name].reused]
+    hows = [planned.order.how for planned in on_gpu]
+    hardware = next((planned.choice.hardware for planned in on_gpu if planned.choice), None)
+    return missing_here(hows[0]["tag"], hardware, hows) if hardware else None
+
+
+def rows_for_table(plan: dict[str, Planned]) -> list[dict[str, Any]]:
+    """One row a training stage, for a table in Prefect's UI."""
+    return [_table_row(planned) for planned in _trainings(plan, None)]
+
+
+# --- one stage --------------------------------------------------------------------------------------------------------
+
+
+def _trainings(plan: dict[str, Planned], wanted: Iterable[str] | None) -> list[Planned]:
+    names = set(plan if wanted is None else wanted)
+    return [p for name, p in plan.items() if name in names and p.order.kind == "train" and not p.reused and p.choice]
+
+
+def _stage_lines(planned: Planned) -> list[str]:
+    choice, how = planned.choice, planned.order.how
+    assert choice is not None
+    head = f"{planned.stage:<7}{how['tag']}: {choice.say()}"
+    if choice.parts is None:
+        return [f"{head}; {_disk(planned)}"]
+    parts = " + ".join(f"{name} {gib:.1f}" for name, gib in choice.parts.as_gib().items())
+    return [
+        f"{head}; {choice.gib:.1f} of {choice.hardware.memory_gib:g} GiB a GPU",
+        f"{INDENT}{parts} GiB (at the {choice.parts.moment})" + _host_memory(planned),
+        f"{INDENT}{_time(planned)}; {_disk(planned)}",
+    ]
+
+
+def _host_memory(planned: Planned) -> str:
+    choice = planned.choice
+    assert choice is not None
+    return f"; {choice.host_gib:,.0f} GiB of each node's memory" if choice.host_gib else ""
+
+
+def _time(planned: Planned) -> str:
+    choice = planned.choice
+    assert choice is not None
+    assert choice.job is not None
+    if choice.speed is None:
+        return "no time predicted: the card is not in tasks/cards.py"
+    rate, tokens = choice.speed.tokens_per_second, _tokens(planned)
+    mfu = _mfu(choice.hardware, choice.job.shape.flops_per_token(MEAN_CONTEXT), rate)
+    lasts = f"{tokens:,} tokens in {say_time(tokens / rate)}" if tokens else "time known once its rows are prepared"
+    return f"{rate:,.0f} tokens/s predicted ({mfu:.0%} MFU), {lasts}"
+
+
+def _mfu(hardware: Hardware, flops_per_token: float, tokens_per_second: float) -> float:
+    assert hardware.card is not None
+    return tokens_per_second / hardware.world_size * flops_per_token / matrix_flops(hardware.card)
+
+
+def _tokens(planned: Planned) -> int | None:
+    """Of the prepared rows where they stand, else the budget; a budget in epochs says nothing before."""
+    rows = Path(planned.order.inputs["rows"])
+    if (rows / ARTIFACT).is_file():
+        return int(read_artifact(rows)["counts"]["tokens"])
+    return planned.budget_tokens
+
+
+def _disk(planned: Planned) -> str:
+    free = free_bytes(planned.directory) / 1e9
+    choice = planned.choice
+    if choice is None or choice.job is None:
+        return f"{free:,.0f} GB of disk free"
+    needed = stage_bytes(choice.job.shape.parameters, planned.order.how["precision"], _keep_last(planned)) / 1e9
+    return f"up to {needed:,.1f} GB of disk for checkpoints and export, {free:,.0f} GB free"
+
+
+def _keep_last(planned: Planned) -> int:
+    return int(planned.order.how["checkpoint"]["keep_last"])
+
+
+def _table_row(planned: Planned) -> dict[str, Any]:
+    choice = planned.choice
+    assert choice is not None
+    row = {"stage": planned.stage, "tag": planned.order.how["tag"], "settings": choice.say(), "disk": _disk(planned)}
+    if choice.parts is None:
+        return row
+    parts = {name: f"{gib:.1f} GiB" for name, gib in choice.parts.as_gib().items()}
+    return row | parts | {"of a GPU": f"{choice.gib:.1f} of {choice.hardware.memory_gib:g} GiB", "time": _time(planned)}
+
+
+def say_time(seconds: float) -> str:
+    """`3 d 4 h`, `2 h 10 min`, `45 s`: two units are enough for a prediction."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    if minutes < 120:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"

@@ -1,0 +1,226 @@
+"""GPU memory of a training, by parts, from the model's config alone: what is planned before anything loads.
+
+A step has four moments at which memory may peak: the loss (everything kept for the backward pass stands), the backward
+pass's first layer and its last (gradients have grown, what was kept is gone), and the optimizer's step. Each is added
+up from first principles, bytes of tensors that torch allocates; the largest is the prediction. What cannot be counted
+from outside stands in `COEFFICIENTS`, fitted to measured peaks (`configs/measurements/`, see `python -m tasks.memory`).
+
+Not counted: the CUDA context and fragmentation (the plan's headroom is for them).
+Letters as in tasks/model_shape.py, and T tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from tasks.model_shape import ModelShape
+
+GIB = 2**30
+# Bytes a parameter: weights, gradients, the optimizer's states (8 bit: one byte each, and a float32 scale for 256).
+STATE_BYTES = {
+    "fp32": (4.0, 4.0, 8.0),
+    "fp32-master": (4.0, 4.0, 8.0),
+    "bf16-stochastic": (2.0, 2.0, 2 + 2 * 4 / 256),
+    "bf16": (2.0, 2.0, 4.0),
+}
+CHUNK_LOGITS = 2**29  # as tasks/training/linear_loss.py: logits that exist at a time
+COEFFICIENTS = {
+    # What a layer keeps beyond the count, in units of H elements: statistics of norms, copies the compiler makes.
+    "kept_extra": 0.4,
+    # Temporary gradients while a layer is differentiated, in units of F elements.
+    "layer_gradients": 2.0,
+    # Under autocast a layer's float32 weights are cast to bf16, and the copies are kept for the backward pass.
+    "autocast_copies": 1.0,
+    # Layers gathered at a time under FSDP2: the one in work and the next.
+    "gathered_layers": 2.0,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a stage trains, as far as memory depends on it."""
+
+    backend: str
+    precision: str
+    recompute: str
+    microbatch_rows: int
+    seq_len: int
+    world_size: int = 1
+    offload: str = "none"
+    accumulation: int = 1  # micro-batches a step
+
+    @property
+    def tokens(self) -> int:
+        """T: tokens of a micro-batch."""
+        return self.microbatch_rows * self.seq_len
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes on one GPU at the moment of the peak."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    workspace: float
+    moment: str = ""
+
+    @property
+    def total(self) -> float:
+        """All parts together."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.workspace
+
+    def as_gib(self) -> dict[str, float]:
+        """Part -> GiB."""
+        return {part.name: getattr(self, part.name) / GIB for part in fields(self) if part.name != "moment"}
+
+
+def predict(shape: ModelShape, setting: Setting) -> Parts:
+    """Memory at the peak, on one GPU."""
+    return max(moments(shape, setting), key=lambda parts: parts.total)
+
+
+def moments(shape: ModelShape, setting: Setting) -> list[Parts]:
+    """Memory at each moment that may be the peak."""
+    weights, gradients, optimizer = _states(shape, setting)
+    held = gradients if setting.accumulation > 1 else 0.0  # the first micro-batch's gradients stand during the second
+    kept, layer, ends = _kept(shape, setting), _kept_by_a_layer(shape, setting), _ends(shape, setting)
+    temporary, layer_work = _layer_gradients(shape, setting), _layer_workspace(shape, setting)
+    loss = _loss(shape, setting)
+    head_gradient = _head_gradient(shape, setting)
+    recomputed = 0.0 if setting.recompute == "none" else layer - kept / shape.num_layers
+    root = _root_workspace(shape, setting)
+    return [
+        Parts(weights, held, optimizer, kept + ends, loss, layer_work + root, "loss"),
+        Parts(weights, held, optimizer, kept + ends + recomputed + temporary, head_gradient, layer_work + root,
+              "backward, first layer"),
+        Parts(weights, gradients, optimizer, layer + temporary, 0.0, layer_work + root, "backward, last layer"),
+        Parts(weights, gradients, optimizer, 0.0, 0.0, 0.0, "optimizer step"),
+    ]  # fmt: skip
+
+
+# --- what does not depend on the tokens ------------------------------------------------------------------------------
+
+
+def _states(shape: ModelShape, setting: Setting) -> tuple[float, float, float]:
+    """Weights, gradients and optimizer on one GPU: its shard, or nothing when they live on the host."""
+    if setting.offload == "cpu":
+        return 0.0, 0.0, 0.0
+    weights, gradients, optimizer = (b * shape.parameters / setting.world_size for b in STATE_BYTES[setting.precision])
+    return weights, gradients, optimizer
+
+
+def host_bytes(shape: ModelShape, setting: Setting, processes_of_a_node: int) -> float:
+    """Memory that offloaded states take on one node's host."""
+    if setting.offload != "cpu":
+        return 0.0
+    return sum(STATE_BYTES[setting.precision]) * shape.parameters * processes_of_a_node / setting.world_size
+
+
+def _is_sharded(setting: Setting) -> bool:
+    return setting.world_size > 1 or setting.offload == "cpu"
+
+
+def _autocasts(setting: Setting) -> bool:
+    """Float32 weights with bf16 products in one process; FSDP2 casts what it gathers instead."""
+    return setting.precision == "fp32-master" and not _is_sharded(setting)
+
+
+def _layer_workspace(shape: ModelShape, setting: Setting) -> float:
+    """Copies of layers in work: gathered ones in the products' dtype and their gradients on the way to the shards."""
+    width = _product_bytes(setting)
+    if _is_sharded(setting):
+        gathered = COEFFICIENTS["gathered_layers"] * width * shape.layer_parameters
+        return (
+            gathered + (width + 4.0) * shape.layer_parameters
+        )  # whole gradients, and the float32 buffer they reduce in
+    if _autocasts(setting):
+        layers = shape.num_layers if setting.recompute == "none" else 1
+        return COEFFICIENTS["autocast_copies"] * 2.0 * shape.layer_parameters * layers
+    return 0.0
+
+
+def _root_workspace(shape: ModelShape, setting: Setting) -> float:
+    """FSDP2 gathers embedding, last layer and last norm for the whole pass."""
+    return _product_bytes(setting) * shape.outside_parameters if _is_sharded(setting) else 0.0
+
+
+# --- what grows with the tokens --------------------------------------------------------------------------------------
+
+
+def _product_bytes(setting: Setting) -> float:
+    """Of a number in a matrix product."""
+    return 4.0 if setting.precision == "fp32" else 2.0
+
+
+def _stream_bytes(setting: Setting) -> float:
+    """Of a number between the layers: autocast leaves the residual stream in float32."""
+    return 4.0 if setting.precision == "fp32" or _autocasts(setting) else 2.0
+
+
+def _kept_by_a_layer(shape: ModelShape, setting: Setting) -> float:
+    """What one layer keeps for its backward pass when nothing is computed again.
+
+    The two inputs of the norms, their outputs (inputs of the products), queries, keys and values, the attention's
+    output and its statistics, and three of the MLP: gate, up and their product.
+    """
+    inputs = 2 * shape.hidden + 2 * shape.queries + 2 * shape.keys + 3 * shape.mlp
+    beyond = COEFFICIENTS["kept_extra"] * shape.hidden
+    residuals = 2 * shape.hidden * _stream_bytes(setting)
+    return setting.tokens * ((inputs + beyond) * _product_bytes(setting) + residuals + 4 * shape.heads)
+
+
+def _kept(shape: ModelShape, setting: Setting) -> float:
+    """What all layers keep until their backward pass."""
+    stream, product = _stream_bytes(setting) * shape.hidden, _product_bytes(setting)
+    if setting.recompute == "none":
+        return shape.num_layers * _kept_by_a_layer(shape, setting)
+    if setting.recompute == "unsloth":  # inputs of layers go to the host; the one in work and the next are here
+        return 2 * setting.tokens * stream
+    a_token = stream
+    if setting.recompute == "selective":  # the attention's output, and q, v, gate and down of the products
+        a_token += (2 * shape.queries + shape.keys + shape.mlp + shape.hidden) * product + 4 * shape.heads
+    return shape.num_layers * setting.tokens * a_token
+
+
+def _layer_gradients(shape: ModelShape, setting: Setting) -> float:
+    """Gradients of activations while one layer is differentiated."""
+    return COEFFICIENTS["layer_gradients"] * setting.tokens * shape.mlp * _product_bytes(setting)
+
+
+def _ends(shape: ModelShape, setting: Setting) -> float:
+    """The last norm's input and output, and those of its rows that have a target."""
+    return setting.tokens * shape.hidden * (_stream_bytes(setting) + 2 * _product_bytes(setting))
+
+
+def _loss(shape: ModelShape, setting: Setting) -> float:
+    """The chunked loss: logits and their gradient, the last layer's gradient in float32 and in the products' dtype."""
+    width = _product_bytes(setting)
+    chunk = min(setting.tokens, max(64, 1 << (CHUNK_LOGITS // shape.vocabulary).bit_length() - 1))
+    cast = width * shape.embedding if _autocasts(setting) else 0.0
+    hidden_gradient = setting.tokens * shape.hidden * width
+    return 2 * chunk * shape.vocabulary * width + (4.0 + width) * shape.embedding + hidden_gradient + cast
+
+
+def _head_gradient(shape: ModelShape, setting: Setting) -> float:
+    """The last layer's gradient as the backward pass begins, and that of the hidden states."""
+    return STATE_BYTES[setting.precision][1] * shape.embedding + setting.tokens * shape.hidden * _product_bytes(setting)
+
+
+def setting_of(row: dict[str, Any]) -> Setting:
+    """The setting of a measured run."""
+    processes = row.get("processes", 1)
+    accumulation = max(1, row["rows_per_step"] // (row["microbatch_rows"] * processes))
+    return Setting(
+        row["backend"],
+        row["precision"],
+        row["recompute"],
+        row["microbatch_rows"],
+        row["seq_len"],
+        processes,
+        row.get("offload", "none"),
+        accumulation,
+    )

@@ -1,0 +1,36 @@
+"""Disk that a training stage takes: its checkpoints, one more in the making, and the exported model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tasks.errors import UserError
+from tasks.memory import STATE_BYTES
+from tasks.stage import free_bytes
+
+EXPORT_BYTES_A_PARAMETER = 4  # always float32
+
+
+def checkpoint_bytes(num_parameters: int, precision: str) -> float:
+    """One checkpoint: weights and the optimizer's states."""
+    weights, _, optimizer = STATE_BYTES[precision]
+    return num_parameters * (weights + optimizer)
+
+
+def stage_bytes(num_parameters: int, precision: str, keep_last: int) -> float:
+    """What a stage needs at most."""
+    return checkpoint_bytes(num_parameters, precision) * (keep_last + 1) + num_parameters * EXPORT_BYTES_A_PARAMETER
+
+
+def check_disk(directory: Path, num_parameters: int, precision: str, keep_last: int) -> None:
+    """Refuse a stage whose checkpoints and export would not fit; checkpoints that stand are counted as room."""
+    needed = stage_bytes(num_parameters, precision, keep_last)
+    present = sum(file.stat().st_size for file in (directory / "checkpoints").rglob("*") if file.is_file())
+    free = free_bytes(directory)
+    if free + present < needed:
+        raise UserError(
+            f"the disk is too small for the checkpoints: {needed / 1e9:,.1f} GB needed, {free / 1e9:,.1f} GB free",
+            where=str(directory),
+            allowed=f"{keep_last + 1} checkpoints (one in the making) and the export of {num_parameters:,} parameters",
+            todo="free space, lower checkpoint.keep_last or set runs_dir to another disk",
+        )

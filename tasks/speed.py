@@ -1,0 +1,130 @@
+"""Tokens a second, before anything runs: from runs that were measured, scaled by model FLOPs and the card's rate.
+
+A step is its forward and backward passes, a share of the card's matrix rate (MFU) for their model FLOPs, and the
+optimizer, seconds a parameter. Both come from the measured run that is most alike (`configs/measurements/*.json`); what
+differs from it, recompute and the tokens of a micro-batch, is a factor below. MFU = model FLOPs a second, forward and
+backward without what is computed again (tasks/model_shape.py), over the rate in tasks/cards.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tasks.cards import matrix_flops
+from tasks.memory import Setting, setting_of
+from tasks.model_shape import ModelShape, shape_of
+
+MEASUREMENTS = Path(__file__).resolve().parent.parent / "configs/measurements"
+MEAN_CONTEXT = 450.0  # positions that a token sees, itself included: packed documents of about 600 tokens
+# Speed against keeping everything, where no run alike was measured.
+RECOMPUTE_SPEED = {"none": 1.0, "selective": 0.9, "full": 0.82, "unsloth": 0.8}
+PRECISION_SPEED = {"fp32": 0.1, "fp32-master": 1.0, "bf16-stochastic": 1.0, "bf16": 1.0}  # no TF32 in fp32
+REACHED_MFU = 0.70  # 1B to 8B Llama on an H200, everything kept: what stands in for an empty folder of measurements
+OPTIMIZER_SECONDS_A_PARAMETER = {"fp32": 8e-12, "fp32-master": 8e-12, "bf16-stochastic": 2.4e-11, "bf16": 4e-12}
+LAYER_SECONDS = 1e-3  # a layer's forward and backward pass takes no less, however small: its kernels have to be started
+HALF_SPEED_TOKENS = 300.0  # a micro-batch of so few tokens would run at half the speed of a large one
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a step is predicted to take."""
+
+    tokens_per_second: float  # of all GPUs together
+    step_seconds: float
+    basis: str  # the measured run it was scaled from, or "" for none
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run of ours on a GPU, as `make benchmark-gpu` wrote it down."""
+
+    name: str
+    shape: ModelShape
+    setting: Setting
+    card: str
+    tokens_per_second: float  # a GPU
+    peak_gib: float
+    optimizer_share: float
+    rows_per_step: int
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of a step."""
+        return self.rows_per_step * self.setting.seq_len / self.setting.world_size / self.tokens_per_second
+
+    @property
+    def passes_mfu(self) -> float:
+        """MFU of the forward and backward passes, the optimizer left out."""
+        flops = self.tokens_per_second * self.shape.flops_per_token(MEAN_CONTEXT)
+        return flops / (1 - self.optimizer_share) / matrix_flops(self.card)
+
+
+@cache
+def measured(folder: Path = MEASUREMENTS) -> tuple[Measured, ...]:
+    """Every run of our worker in the folder's files."""
+    rows: list[dict[str, Any]] = []
+    for file in sorted(folder.glob("*.json")):
+        content = json.loads(file.read_text())
+        rows += content["rows"] if isinstance(content, dict) else content
+    return tuple(_measured(row) for row in rows if row.get("tool") == "steep" and row.get("peak_gib"))
+
+
+def _measured(row: dict[str, Any]) -> Measured:
+    shape, setting = shape_of(row["model"]["config"]), setting_of(row)
+    return Measured(row["name"], shape, setting, row["card"], row["tokens_per_second"], row["peak_gib"],
+                    row.get("optimizer_share", 0.0), row["rows_per_step"])  # fmt: skip
+
+
+def predict_speed(
+    shape: ModelShape, setting: Setting, card: str, rows_per_step: int, runs: tuple[Measured, ...] | None = None
+) -> Speed:
+    """Speed of a stage on all its GPUs."""
+    alike = _most_alike(shape, setting, measured() if runs is None else runs)
+    mfu = _mfu(setting, alike)
+    # A compiled micro-batch is filled up to its size, so rows that do not divide cost as much as full ones.
+    tokens = setting.accumulation * setting.tokens
+    seconds = tokens * shape.flops_per_token(MEAN_CONTEXT) / (mfu * matrix_flops(card))
+    seconds = max(seconds, setting.accumulation * shape.num_layers * LAYER_SECONDS)
+    seconds += _optimizer_seconds(setting, alike) * shape.parameters / setting.world_size
+    return Speed(rows_per_step * setting.seq_len / seconds, seconds, alike.name if alike else "")
+
+
+def _most_alike(shape: ModelShape, setting: Setting, runs: tuple[Measured, ...]) -> Measured | None:
+    """The measured run that differs least; how much a difference weighs is how little is known about its cost."""
+
+    def distance(run: Measured) -> float:
+        other = run.setting
+        return (
+            2.0 * (setting.precision != other.precision)
+            + 1.5 * (setting.recompute != other.recompute)
+            + 1.0 * (setting.backend != other.backend)
+            + 1.0 * ((setting.world_size > 1) != (other.world_size > 1))
+            + 3.0 * (setting.offload != other.offload)
+            + 0.5 * abs(math.log2(shape.parameters / run.shape.parameters))
+            + 0.1 * abs(math.log2(setting.tokens / other.tokens))
+        )
+
+    return min(runs, key=distance, default=None)
+
+
+def _mfu(setting: Setting, alike: Measured | None) -> float:
+    if alike is None:
+        return REACHED_MFU * _factor(setting)
+    return alike.passes_mfu * _factor(setting) / _factor(alike.setting)
+
+
+def _factor(setting: Setting) -> float:
+    full_batch = setting.tokens / (setting.tokens + HALF_SPEED_TOKENS)
+    return RECOMPUTE_SPEED[setting.recompute] * PRECISION_SPEED[setting.precision] * full_batch
+
+
+def _optimizer_seconds(setting: Setting, alike: Measured | None) -> float:
+    """A parameter and GPU."""
+    if alike is None or alike.setting.precision != setting.precision or setting.offload != alike.setting.offload:
+        return OPTIMIZER_SECONDS_A_PARAMETER[setting.precision]
+    return alike.optimizer_share * alike.step_seconds * alike.setting.world_size / alike.shape.parameters

@@ -1,0 +1,107 @@
+"""Tables of the plan, as the README shows them: `python -m tests.benchmarks.plan`. Runs anywhere, in a second.
+
+Predicted against measured memory and speed for every run of `configs/measurements/`, and which clusters hold 7B, 13B
+and 70B parameters. Exits with 1 when a prediction of memory is more than 8 % off.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from tasks.choose import HEADROOM
+from tasks.memory import GIB, Setting, host_bytes, predict
+from tasks.model_shape import ModelShape, shape_of
+from tasks.speed import Measured, measured, predict_speed
+
+MOST_OFF = 0.08
+# bf16 weights and gradients, float32 moments, no master copy: bytes a parameter of the textbook's 84 GB for 7B.
+RULE_OF_THUMB = (2.0, 2.0, 8.0)
+
+
+def _llama_2(hidden: int, mlp: int, layers: int, heads: int, key_heads: int) -> ModelShape:
+    return shape_of({"model_type": "llama", "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers,
+                     "num_attention_heads": heads, "num_key_value_heads": key_heads, "vocab_size": 32_000,
+                     "tie_word_embeddings": False})  # fmt: skip
+
+
+LLAMA_2 = {
+    "7B": _llama_2(4096, 11_008, 32, 32, 32),
+    "13B": _llama_2(5120, 13_824, 40, 40, 40),
+    "70B": _llama_2(8192, 28_672, 80, 64, 8),
+}
+# name, GPUs, GPUs of a node, GiB that torch sees of one
+CLUSTERS = (
+    ("4xA100-40", 4, 4, 39.4),
+    ("8xA100-40", 8, 8, 39.4),
+    ("8xA100-80", 8, 8, 79.0),
+    ("16xH100-80", 16, 8, 79.0),
+)
+Cluster = tuple[str, int, int, float]
+
+
+def state_gigabytes(num_parameters: float, bytes_a_parameter: tuple[float, ...]) -> float:
+    """Weights, gradients and optimizer of a model, in GB."""
+    return num_parameters * sum(bytes_a_parameter) / 1e9
+
+
+def on_cluster(cluster: Cluster, precision: str, offload: str) -> Setting:
+    """Rows of 4096, one at a time, every layer computed again."""
+    return Setting("fsdp", precision, "full", 1, 4096, cluster[1], offload, accumulation=4)
+
+
+def holds(shape: ModelShape, cluster: Cluster, precision: str, offload: str) -> bool:
+    """Whether a model trains there with the plan's headroom; the host's memory is not asked."""
+    return predict(shape, on_cluster(cluster, precision, offload)).total / GIB <= cluster[3] * (1 - HEADROOM)
+
+
+def cluster_table() -> str:
+    """Model x policy, one column a cluster: GiB a GPU, and on the host of a node."""
+    lines = ["| model | policy | offload | " + " | ".join(name for name, *_ in CLUSTERS) + " |", "|---" * 7 + "|"]
+    for model, shape in LLAMA_2.items():
+        for precision, offload in (("fp32-master", "none"), ("bf16-stochastic", "none"), ("fp32-master", "cpu")):
+            cells = [_cell(shape, cluster, precision, offload) for cluster in CLUSTERS]
+            lines.append(f"| {model} | {precision} | {offload} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(shape: ModelShape, cluster: Cluster, precision: str, offload: str) -> str:
+    setting = on_cluster(cluster, precision, offload)
+    text = f"{predict(shape, setting).total / GIB:.0f}"
+    host = host_bytes(shape, setting, cluster[2]) / GIB
+    text += f" + {host:,.0f} host" if host else ""
+    return f"**{text}**" if holds(shape, cluster, precision, offload) else f"{text}, no"
+
+
+def measured_table(runs: tuple[Measured, ...]) -> str:
+    """Predicted against measured; speed from the other runs only, so that none is its own prediction."""
+    lines = [
+        "| run | GiB measured | GiB predicted | off | tokens/s a GPU | predicted from the others | off |",
+        "|---" * 7 + "|",
+    ]
+    for run in runs:
+        gib = predict(run.shape, run.setting).total / GIB
+        others = tuple(other for other in runs if other is not run)
+        speed = predict_speed(run.shape, run.setting, run.card, run.rows_per_step, others)
+        rate = speed.tokens_per_second / run.setting.world_size
+        lines.append(f"| {run.name} | {run.peak_gib:.1f} | {gib:.1f} | {gib / run.peak_gib - 1:+.1%} | "
+                     f"{run.tokens_per_second:,.0f} | {rate:,.0f} | {rate / run.tokens_per_second - 1:+.1%} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def worst(runs: tuple[Measured, ...]) -> float:
+    """The largest share by which a prediction of memory is off."""
+    return max((abs(predict(r.shape, r.setting).total / GIB / r.peak_gib - 1) for r in runs), default=0.0)
+
+
+def main() -> int:
+    """Print the tables."""
+    runs = measured()
+    print(f"{measured_table(runs)}\n\n{cluster_table()}\n")
+    for run in runs:
+        parts = predict(run.shape, run.setting)
+        print(f"{run.name} ({parts.moment}): " + ", ".join(f"{name} {gib:.1f}" for name, gib in parts.as_gib().items()))
+    return int(worst(runs) > MOST_OFF)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
