@@ -1,8 +1,8 @@
-"""Speed, memory and exactness on GPUs: `make benchmark-gpu`, or `python -m tests.benchmarks.gpu SUITE ... [--out FOLDER]`.
+"""Speed, memory and exactness on GPUs: `make benchmark-gpu`, or `python -m tests.benchmarks.gpu SUITE ... --out FOLDER`.
 
-Every case runs in a process of its own, peers beside ours in one call. Rows of 4096 tokens, documents of 600 tokens on
-average, 65,536 tokens a step; medians after two steps. MFU is model FLOPs (forward and backward, no recomputation; see
-`material.flops_per_token`) against 790 TFLOP/s, the bf16 matrix rate measured on an H200.
+Every case runs in a process of its own on GPUs of its own, as many side by side as there are GPUs; peers in the same call
+as ours. Medians after two steps. MFU is model FLOPs (forward and backward, no recomputation; `material.flops_per_token`)
+a second against 790 TFLOP/s, the bf16 matrix rate measured on an H200.
 """
 
 from __future__ import annotations
@@ -13,84 +13,141 @@ import os
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.gpu.material import SEQ_LEN, flops_per_token, make_prepared, mean_context
-from tests.benchmarks.gpu.suites import SUITES
+from tests.benchmarks.gpu.material import flops_per_token, make_prepared, mean_context
+from tests.benchmarks.gpu.suites import SUITES, Case
 
 PEAK_FLOPS = 790e12
-COLUMNS = (
-    "name",
-    "tokens_per_second",
-    "mfu",
-    "peak_gib",
-    "reserved_gib",
-    "optimizer_share",
-    "first",
-    "last",
-    "wall_seconds",
-)
+COLUMNS = ("name", "tokens_per_second", "mfu", "peak_gib", "reserved_gib", "optimizer_share", "first", "last", "held_out",
+           "moved", "wall_seconds", "failed")  # fmt: skip
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "unsloth", "torchao", "liger_kernel", "triton")
 
 
-def run_case(case: dict[str, Any], work: Path, out: Path) -> dict[str, Any]:
-    """One case in its own process (or under torchrun), stopped after its time; its result or why there is none."""
-    seq_len = case.setdefault("seq_len", SEQ_LEN)
-    rows = case["rows_per_step"] * case["steps"]
-    case["model"] = str(work / case["shape"])
-    # In a process of its own: what it allocates on the GPU must be gone before a case is measured.
-    making = [sys.executable, "-m", "tests.benchmarks.gpu.material", case["model"], case["shape"]]
-    subprocess.run(making, check=True, capture_output=True)
-    case["prepared"] = str(make_prepared(work / f"rows-{seq_len}-{rows}", rows, seq_len, case.get("mean", 600)))
-    paths = [work / f"{case['name']}.case.json", work / f"{case['name']}.json", out / f"{case['name']}.log"]
-    paths[0].write_text(json.dumps(case))
-    launcher = [sys.executable, "-m"]
-    if case.get("processes", 1) > 1:
-        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(case["processes"]), "-m"]
-    environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} | case.get("environment", {})
-    with paths[2].open("w") as log:
-        command = [*launcher, "tests.benchmarks.gpu.case", str(paths[0]), str(paths[1])]
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        try:
-            process.wait(case.get("timeout_seconds", 180))
-        except subprocess.TimeoutExpired:
+def make_material(cases: list[Case], work: Path) -> None:
+    """Models and rows that the cases name; models in processes of their own, which give their GPU back."""
+    making = []
+    for shape in {case["shape"] for case in cases if not Path(case["shape"]).exists()}:
+        command = [sys.executable, "-m", "tests.benchmarks.gpu.material", str(work / shape), shape]
+        making.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    for case in cases:
+        rows = case["rows_per_step"] * case["steps"]
+        case["model"] = case["shape"] if Path(case["shape"]).exists() else str(work / case["shape"])
+        folder = work / f"rows-{case['text']}-{case['seq_len']}-{rows}-{case['mean']}"
+        case["prepared"] = str(make_prepared(folder, rows, case["seq_len"], case["mean"], case["text"]))
+        if held := case.get("held_out_rows"):
+            folder = work / f"held-{case['text']}-{case['seq_len']}"
+            case["held_out"] = str(make_prepared(folder, held, case["seq_len"], case["mean"], case["text"], seed=1))
+    assert all(process.wait() == 0 for process in making), "a model could not be made"
+
+
+class Runner:
+    """Cases on GPUs: each gets as many as it has processes, the first that fits goes first."""
+
+    def __init__(self, gpus: list[str], work: Path, out: Path, deadline: float) -> None:
+        self.free, self.work, self.out, self.deadline = gpus, work, out, deadline
+        self.running: dict[str, tuple[subprocess.Popen[bytes], list[str], Case, float]] = {}
+        self.results: list[dict[str, Any]] = []
+
+    def run(self, cases: list[Case]) -> None:
+        """Run all of them, or say that there was no time left."""
+        waiting = list(cases)
+        while waiting or self.running:
+            if time.monotonic() > self.deadline:
+                self.results += [{"name": case["name"], "failed": "no time left"} for case in waiting]
+                waiting = []
+            done = {result["name"] for result in self.results}
+            for case in list(waiting):
+                if len(self.free) >= case.get("processes", 1) and case.get("after", "") in {"", *done}:
+                    waiting.remove(case)
+                    self._start(case)
+            time.sleep(0.5)
+            for name in [name for name, (process, *_) in self.running.items() if self._is_over(name, process)]:
+                self._collect(name)
+
+    def _start(self, case: Case) -> None:
+        gpus, self.free = self.free[: case.get("processes", 1)], self.free[case.get("processes", 1) :]
+        path, result = self.work / f"{case['name']}.case.json", self.work / f"{case['name']}.json"
+        path.write_text(json.dumps(case))
+        result.unlink(missing_ok=True)
+        launcher = [sys.executable, "-m"]
+        if len(gpus) > 1:
+            launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(len(gpus)), "-m"]
+        environment = os.environ | {
+            "CUDA_VISIBLE_DEVICES": ",".join(gpus),
+            "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        }
+        environment |= case.get("environment", {})
+        with (self.out / f"{case['name']}.log").open("w") as log:
+            command = [*launcher, "tests.benchmarks.gpu.case", str(path), str(result)]
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        self.running[case["name"]] = (process, gpus, case, time.monotonic() + case.get("timeout_seconds", 240))
+
+    def _is_over(self, name: str, process: subprocess.Popen[bytes]) -> bool:
+        if process.poll() is None and time.monotonic() > min(self.deadline, self.running[name][3]):
             os.killpg(process.pid, 9)
             process.wait()
-    if not paths[1].exists():
-        lines = [line for line in paths[2].read_text(errors="replace").splitlines() if line.strip()]
-        return {"name": case["name"], "failed": lines[-1][:300] if lines else f"ended with {process.returncode}"}
-    result: dict[str, Any] = json.loads(paths[1].read_text())
-    flops = flops_per_token(Path(case["model"]), mean_context(Path(case["prepared"])))
-    return result | {"mfu": round(result["tokens_per_second"] * flops / PEAK_FLOPS, 4),
-                     "first": round(result["losses"][0], 4), "last": round(result["losses"][-1], 4)}  # fmt: skip
+        return process.poll() is not None
+
+    def _collect(self, name: str) -> None:
+        process, gpus, case, _ = self.running.pop(name)
+        self.free += gpus
+        path, log = self.work / f"{name}.json", self.out / f"{name}.log"
+        if path.exists():
+            result = json.loads(path.read_text())
+            flops = flops_per_token(Path(case["model"]), mean_context(Path(case["prepared"])))
+            result |= {"mfu": round(result["tokens_per_second"] * flops / PEAK_FLOPS, 4),
+                       "first": round(result["losses"][0], 4), "last": round(result["losses"][-1], 4)}  # fmt: skip
+        else:
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            errors = [line for line in lines if "Error" in line and "ChildFailed" not in line]
+            result = {"name": name, "failed": (errors or lines or [f"ended with {process.returncode}"])[-1][:240]}
+        self.results.append(result)
+        print("  ".join(f"{column}={result[column]}" for column in COLUMNS if column in result), flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """All results so far, with what they came from."""
+        versions = {name: _version(name) for name in PACKAGES}
+        said = {"card": _nvidia("name")[0], "gpus": len(_nvidia("name")), "commit": os.environ.get("COMMIT", ""),
+                "versions": versions, "results": self.results}  # fmt: skip
+        (self.out / "results.json").write_text(json.dumps(said, indent=1) + "\n")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _nvidia(field: str) -> list[str]:
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()
 
 
 def main() -> None:
     """Run suites until they are done or the time is."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suites", nargs="*", default=["speed"], choices=[*SUITES, []])
+    parser.add_argument("suites", nargs="*", default=["speed"])
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-gpu"))
     parser.add_argument("--work", type=Path, default=Path("/tmp/steep-benchmark"))  # models of 16 GB
     parser.add_argument("--seconds", type=float, default=3600)
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--only", default="", help="cases whose name holds one of these words")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    options.work.mkdir(parents=True, exist_ok=True)
+    for folder in (options.out, options.work):
+        folder.mkdir(parents=True, exist_ok=True)
+    gpus = _nvidia("index")
+    cases = [dict(case) for suite in options.suites for case in SUITES[suite]]
+    cases = [
+        case for case in cases if not options.only or any(word in case["name"] for word in options.only.split("|"))
+    ]
+    cases = [case for case in cases if case.get("processes", 1) <= len(gpus)]
     deadline = time.monotonic() + options.seconds
-    results = []
-    for case in [case for suite in options.suites for case in SUITES[suite] if options.only in case["name"]]:
-        left = deadline - time.monotonic()
-        if left < 30:
-            results.append({"name": case["name"], "failed": "no time left"})
-            continue
-        result = run_case(
-            dict(case) | {"timeout_seconds": min(left, case.get("timeout_seconds", 180))}, options.work, options.out
-        )
-        results.append(result)
-        print(
-            "  ".join(f"{column}={result[column]}" for column in (*COLUMNS, "failed") if column in result), flush=True
-        )
-        (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    make_material(cases, options.work)
+    Runner(gpus, options.work, options.out, deadline).run(cases)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,10 @@ def run_steep(case: dict[str, Any], work: Path) -> dict[str, Any]:
     """Our worker, from its order to its last step."""
     from tasks.stage import Order, write_order
 
+    if "budget" in case:
+        import torch._functorch.config
+
+        torch._functorch.config.activation_memory_budget = case["budget"]
     how = HOW | {name: case[name] for name in HOW if name in case}
     what = (
         WHAT
@@ -48,10 +52,84 @@ def run_steep(case: dict[str, Any], work: Path) -> dict[str, Any]:
     steps = _Steps()
     assemble = run.assemble
     run.assemble = lambda *args: _watched(assemble(*args), steps)  # type: ignore[assignment]
-    run.fit(directory, order, backend)
+    fitted = run.fit(directory, order, backend)
+    more = _after(case, fitted, backend)
     lines = run.read_metrics(directory) if backend.rank() == 0 else []
     return {"losses": [line["loss"] for line in lines], "grad_norms": [line["grad_norm"] for line in lines],
-            "directory": str(directory), **steps.result(case)}  # fmt: skip
+            **more, **steps.result(case)}  # fmt: skip
+
+
+def _after(case: dict[str, Any], fitted: Any, backend: Any) -> dict[str, Any]:
+    """Loss on held-out rows in nats a token, the share of weights that moved, and the weights, where a case asks."""
+    import torch
+
+    from tasks.training.loss import token_losses
+    from tasks.training.rows import load_rows
+
+    found: dict[str, Any] = {}
+    trainer = fitted.trainer
+    if case.get("held_out"):
+        rows, total, count = load_rows(Path(case["held_out"]) / "rows.arrow", filler_token=1), 0.0, 0
+        trainer.model.eval()
+        with torch.no_grad():
+            for number in range(len(rows) - 1):
+                batch = trainer._prepare_inputs(trainer.data_collator([rows[number]]))
+                with trainer.compute_loss_context_manager():
+                    total += float(token_losses(trainer.model_wrapped, batch)[0])
+                count += len(batch["targets"])
+        found["held_out"] = total / count
+    if case.get("moved") and backend.world_size() == 1:
+        from safetensors.torch import load_file
+
+        before = {k: v for file in Path(case["model"]).glob("*.safetensors") for k, v in load_file(file).items()}
+        pairs = [
+            (before[n].to(p.device).to(p.dtype), p.detach()) for n, p in trainer.model.named_parameters() if n in before
+        ]
+        found["moved"] = sum(int((a != b).sum()) for a, b in pairs) / sum(b.numel() for _, b in pairs)
+    if case.get("save"):
+        trainer.model.save_pretrained(case["save"])
+        fitted.inputs.tokenizer.save_pretrained(case["save"])
+    return found
+
+
+def run_bare(case: dict[str, Any], work: Path) -> dict[str, Any]:
+    """The same model, layers, loss, optimizer and rows as ours in the plainest loop: what the worker itself costs."""
+    from tasks.training import fsdp
+
+    fsdp.start_process(HOW)
+    import torch
+
+    from tasks.training.attention import attention_plan
+    from tasks.training.loss import token_losses
+    from tasks.training.model import load_model, prepare_model
+    from tasks.training.precision import precision_policy
+    from tasks.training.rows import load_rows, make_collate
+    from tasks.training.stochastic import StochasticAdamW8bit
+
+    seq_len, micro = case["seq_len"], case["microbatch_rows"]
+    model: Any = load_model(Path(case["model"]), precision_policy("bf16-stochastic"), seq_len).to("cuda").train()
+    prepare_model(model, HOW)
+    optimizer = StochasticAdamW8bit(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
+    rows = load_rows(Path(case["prepared"]) / "rows.arrow", filler_token=1)
+    plan = attention_plan(model.config._attn_implementation, "cuda", seq_len, bf16=True)
+    collate = make_collate(plan, fill_to=micro * seq_len, longest=seq_len)
+    steps, losses = _Steps(), []
+    for step in range(case["steps"]):
+        torch.cuda.synchronize()
+        began, total, first = time.monotonic(), 0.0, step * case["rows_per_step"]
+        for at in range(first, first + case["rows_per_step"], micro):
+            batch = collate([rows[number] for number in range(at, at + micro)])
+            batch = {k: v.to("cuda", non_blocking=True) if hasattr(v, "to") else v for k, v in batch.items()}
+            loss = token_losses(model, batch)[0] / (case["rows_per_step"] * seq_len)
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(total))
+        steps.optimizer.append(0.0)
+        steps.steps.append(time.monotonic() - began)
+    return {"losses": losses, **steps.result(case)}
 
 
 def run_peer(case: dict[str, Any], work: Path) -> dict[str, Any]:
@@ -155,7 +233,7 @@ def main(case_path: Path, out_path: Path) -> None:
     case = json.loads(case_path.read_text())
     os.environ.setdefault("OMP_NUM_THREADS", "4")
     began = time.monotonic()
-    run = run_steep if case["tool"] == "steep" else run_peer
+    run = {"steep": run_steep, "bare": run_bare}.get(case["tool"], run_peer)
     result = run(case, out_path.parent)
     if os.environ.get("RANK", "0") == "0":
         out_path.write_text(json.dumps(case | result | {"wall_seconds": round(time.monotonic() - began, 1)}))

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from tasks.stage import Order, finish
 
 BASE = Path("data/regulator/base")
-TEXT = Path("data/regulator/general.jsonl")
+TEXTS = {name: Path(f"data/regulator/{name}.jsonl") for name in ("general", "regulations")}
 SEQ_LEN, MEAN_DOCUMENT = 4096, 600
 
 COMMON: dict[str, Any] = {
@@ -49,14 +49,21 @@ def make_model(folder: Path, shape: str, dtype: torch.dtype = torch.bfloat16) ->
     return folder
 
 
-def make_prepared(folder: Path, num_rows: int, seq_len: int = SEQ_LEN, mean: int = MEAN_DOCUMENT) -> Path:
-    """Packed rows as the preparation leaves them, documents of log-normal length cut from the generated text."""
+def make_prepared(
+    folder: Path, num_rows: int, seq_len: int = SEQ_LEN, mean: int = MEAN_DOCUMENT, text: str = "general", seed: int = 0
+) -> Path:
+    """Packed rows as the preparation leaves them, documents of log-normal length cut from the generated text.
+
+    Another seed starts elsewhere in the text; what is held out comes from its last tenth.
+    """
     if (folder / "artifact.json").exists():
         return folder
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    texts = (json.loads(line)["text"] for line in TEXT.read_text().splitlines())
+    texts = (json.loads(line)["text"] for line in TEXTS[text].read_text().splitlines())
     stream = np.concatenate([tokenizer(text)["input_ids"] for text in texts])
-    rng, at, rows = np.random.default_rng(0), 0, []
+    border = len(stream) * 9 // 10
+    stream = stream[border:] if seed else stream[:border]
+    rng, at, rows = np.random.default_rng(seed), 0, []
     for _ in range(num_rows):
         lengths: list[int] = []
         while sum(lengths) < seq_len:

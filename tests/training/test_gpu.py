@@ -1,0 +1,101 @@
+"""What only a GPU can show: `python -m pytest -m gpu`."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+
+from tasks.training.attention import ISOLATED, attention_plan, isolated_attention  # noqa: E402
+from tasks.training.linear_loss import linear_cross_entropy  # noqa: E402
+from tasks.training.stochastic import StochasticAdamW8bit  # noqa: E402
+from tests.training.conftest import make_documents, make_model, make_prepared, make_stage, pack, run_worker, weights  # noqa: E402
+
+LENGTHS = [400, 3, 1, 333, 170, 117]
+
+
+def block_mask_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The dense reference."""
+    document = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)).cuda()
+    mask = (document[:, None] == document[None]) & torch.ones(len(document), len(document), device="cuda").tril().bool()
+    key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float32, 1e-4)])
+def test_attention_equals_the_block_mask_forward_and_backward(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    make = [torch.randn(1, heads, sum(LENGTHS), 64, device="cuda") for heads in (4, 2, 2)]
+    plan = attention_plan(ISOLATED, "cuda", 1024, bf16=dtype is torch.bfloat16)(LENGTHS)
+    assert ("document_bounds" in plan) == (dtype is torch.bfloat16)
+    plan = {k: v.cuda() if isinstance(v, torch.Tensor) else [x.cuda() for x in v] if isinstance(v, list) else v
+            for k, v in plan.items()}  # fmt: skip
+    found = []
+    for attend, kind in ((block_mask_attention, torch.float32), (None, dtype)):
+        qkv = [x.to(kind).requires_grad_() for x in make]
+        out = attend(*qkv) if attend else isolated_attention(None, *qkv, None, **plan)[0]  # type: ignore[arg-type]
+        found.append([out.float(), *(g.float() for g in torch.autograd.grad(out.float().square().sum(), qkv))])
+    for reference, ours in zip(*found, strict=True):
+        assert (ours - reference).norm() <= tolerance * reference.norm()
+
+
+def test_fused_loss_equals_the_plain_one_in_bf16() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(5000, 256, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight = (torch.randn(128_256, 256, device="cuda", dtype=torch.bfloat16) * 0.05).requires_grad_()
+    targets = torch.randint(128_256, (5000,), device="cuda")
+    total, losses = linear_cross_entropy(hidden, weight, targets)
+    ours = torch.autograd.grad(total / 5000, (hidden, weight))
+    plain = cross_entropy(hidden.float() @ weight.float().T, targets, reduction="none")
+    theirs = torch.autograd.grad(plain.mean(), (hidden, weight))
+    assert (losses - plain).abs().max() < 0.05 and abs(float(losses.mean() - plain.mean())) < 1e-3
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.float() - other.float()).norm() < 0.02 * other.float().norm()
+
+
+def test_our_step_of_the_8_bit_optimizer_is_torchaos() -> None:
+    from torchao.optim import AdamW8bit
+
+    torch.manual_seed(0)
+    first = [torch.randn(*shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
+             for shape in [(256, 256)] * 6 + [(512, 256), (300,)]]  # fmt: skip
+    second = [p.detach().clone().requires_grad_() for p in first]
+    theirs = AdamW8bit(first, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01, bf16_stochastic_round=True)
+    ours = StochasticAdamW8bit(second, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    for _ in range(3):
+        for p, q in zip(first, second, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        theirs.step()
+        ours.step()
+    for p, q in zip(first, second, strict=True):
+        a, b = theirs.state[p]["exp_avg"], ours.state[q]["exp_avg"]
+        codes = [x.codes if hasattr(x, "codes") else x for x in (a, b)]
+        assert torch.equal(*codes), "the states hold no randomness: they are equal"
+        assert (p - q).abs().max() <= 2 * p.abs().max() * 2**-8, "the weights differ by the last bit at most"
+
+
+@pytest.mark.parametrize("backend", ["fsdp", "unsloth"])
+def test_a_worker_on_a_gpu_gives_the_cpus_weights_in_float32(backend: str, tmp_path: Path) -> None:
+    if backend == "unsloth":
+        pytest.importorskip("unsloth_zoo", exc_type=Exception)
+    base = make_model(tmp_path / "base")
+    prepared = make_prepared(tmp_path / "prepare_cpt-test", pack(make_documents(120))[:42])
+    stages = {}
+    for device in ("cpu", "cuda"):
+        how = {
+            "device": device,
+            "backend": backend if device == "cuda" else "fsdp",
+            "microbatch_rows": 2 if device == "cuda" else 1,
+        }
+        stages[device] = make_stage(tmp_path / device, base, prepared, copy.deepcopy(how))
+        assert run_worker(stages[device]) == 0, (stages[device] / "worker.log").read_text()[-2000:]
+    cpu, gpu = weights(stages["cpu"]), weights(stages["cuda"])
+    assert max(float((cpu[name] - gpu[name]).abs().max()) for name in cpu) < 2e-4
