@@ -122,6 +122,13 @@ class TrainStage(Section):
     weight_decay: float = Field(0.0, ge=0)
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     max_grad_norm: float = Field(1.0, gt=0)
+    max_loss_spike: float | None = Field(
+        None, gt=1, description="a step is broken when its loss exceeds so many times the median of the last 50 steps"
+    )
+    on_nan: Literal["stop", "skip"] = Field(
+        "stop", description="a broken step (loss or gradient not finite, or a spike): end, or leave it out and go on"
+    )
+    max_skipped: int = Field(10, ge=1, description="broken steps that `on_nan: skip` leaves out of a stage at most")
     checkpoint: Checkpoint = Checkpoint()
 
     @property

@@ -143,7 +143,11 @@ def _orders(run: Run, config_path: Path, base: BaseModelFiles, digests: Digests,
         init_identity, init_path = list(models.values())[-1]
         what = {"stage": name, "init": init_identity, "rows": {"key": rows.key}, "seq_len": run.model.seq_len}
         what |= stage.model_dump(include=_TRAINING_FIELDS, mode="json") | {"seed": run.seed}
-        how = {"checkpoint": stage.checkpoint.model_dump(), "report_to": run.report_to}
+        if stage.max_loss_spike is not None:  # it decides which steps count, so another value is another result
+            what["max_loss_spike"] = stage.max_loss_spike
+        # `on_nan` decides whether a result comes out and never which: a stage that broke goes on where it stopped.
+        how = {"checkpoint": stage.checkpoint.model_dump(), "report_to": run.report_to, "on_nan": stage.on_nan,
+               "max_skipped": stage.max_skipped}  # fmt: skip
         inputs = {"init": init_path, "rows": str(rows.directory(runs))}
         train = Order(name, "train", run.name, what, how, inputs)
         models[name] = ({"stage": name, "key": train.key}, str(train.directory(runs) / "model"))

@@ -75,6 +75,7 @@ def training_facts(directory: Path) -> list[tuple[str, str]]:
     return [
         ("steps", f"{counts['steps']:,}"),
         ("tokens", f"{counts['tokens']:,}"),
+        *([("steps skipped", f"{len(skipped):,}")] if (skipped := counts.get("skipped_steps")) else []),
         ("final loss", f"{counts['final_loss']:.4f}"),
         ("tokens a second", f"{counts['tokens_per_second']:,.0f}"),
         ("weights that moved", f"{counts['weights_moved_share']:.1%}"),

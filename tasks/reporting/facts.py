@@ -12,9 +12,9 @@ from tasks.reporting.numbers import listed, number, percent, percentage_points, 
 SHORT_DIGEST, FILES_A_SOURCE = 12, 5
 TITLES = {"cpt": "CPT", "sft": "SFT"}
 RECIPE = ("learning_rate", "min_lr_ratio", "warmup_ratio", "batch_tokens", "seq_len", "weight_decay", "adam_betas",
-          "max_grad_norm", "seed")  # fmt: skip
+          "max_grad_norm", "max_loss_spike", "seed")  # fmt: skip
 DATA_RECIPE = ("tokens", "epochs", "max_epochs", "overflow")
-HOW_NOT_SHOWN = {"input_digests", "checkpoint"}
+HOW_NOT_SHOWN = {"input_digests", "checkpoint", "on_nan", "max_skipped"}
 
 
 def training_table(run: RunRecord) -> Table:
@@ -27,6 +27,7 @@ def training_table(run: RunRecord) -> Table:
         ("tokens a second", lambda s: number(s.counts.get("tokens_per_second"), digits=0)),
         ("share of weights moved", lambda s: percent(s.counts.get("weights_moved_share"))),
         ("new embedding rows", lambda s: number(s.counts.get("new_embedding_rows"))),
+        ("steps skipped (`on_nan`)", lambda s: listed(s.counts.get("skipped_steps") or [])),
         ("resumed at step", lambda s: listed(s.counts.get("resumed_from") or ["never"])),
         ("precision", lambda s: str(s.counts.get("precision") or s.order.how.get("precision", ""))),
         ("attention", lambda s: str(s.counts.get("attention", ""))),

@@ -15,9 +15,10 @@ from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 
+from tasks.disk import writes_told
 from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from tasks.progress import say
-from tasks.stage import ERROR, PREEMPTED, finish, is_done, read_order, stage_lock, write_text
+from tasks.stage import ERROR, PREEMPTED, finish, is_done, leave_error, read_order, stage_lock, sweep, write_text
 from tasks.training import checkpoint
 from tasks.training.preemption import Preempted, listen
 
@@ -37,13 +38,14 @@ def main(directory: Path) -> int:
     """Compute the stage in `directory` unless it is done."""
     listen()
     try:
-        with stage_lock(directory, on_wait=_say_who_holds(directory)) if IS_MAIN else nullcontext():
+        lock = stage_lock(directory, on_wait=_say_who_holds(directory)) if IS_MAIN else nullcontext()
+        with writes_told(directory), lock:
             return _work(directory)
     except UserError as error:
         if IS_MAIN:
-            write_text(directory / ERROR, error.render() + "\n")
-            print(error.render(), flush=True)
-            checkpoint.clear_unfinished(directory)
+            checkpoint.clear_unfinished(directory)  # first: on a full disk it makes room for what we say
+            sweep(directory)
+            leave_error(directory, error)
         else:  # torchrun ends everybody as soon as one has ended: leave rank 0 the time to write
             with suppress(Preempted):
                 time.sleep(SECONDS_FOR_RANK_0)

@@ -13,10 +13,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from tasks.errors import UserError
 from tasks.progress import Progress, say
+from tasks.training.health import Health
 from tasks.training.loss import StepResult, StepSums
-from tasks.training.metrics import MetricsLog
+from tasks.training.metrics import MetricsLog, read_metrics
 from tasks.training.preemption import preempted
 
 
@@ -24,9 +24,11 @@ class StepLog(TrainerCallback):
     """The trainer's callback; `grad_norm` is set by the trainer before each optimizer step."""
 
     def __init__(
-        self, directory: Path, stage: str, num_steps: int, sums: StepSums, how: dict[str, Any], is_main: bool
-    ) -> None:
+        self, directory: Path, stage: str, num_steps: int, sums: StepSums, health: Health, how: dict[str, Any],
+        is_main: bool,
+    ) -> None:  # fmt: skip
         self.directory, self.stage, self.num_steps, self.sums = directory, stage, num_steps, sums
+        self.health, self.skipped = health, ""  # why this step is skipped
         cadence, self.report_to = how.get("checkpoint") or {}, how.get("report_to", "tensorboard")
         self.every_steps, self.every_minutes = cadence.get("every_steps"), cadence.get("every_minutes")
         self.keep_last, self.is_main = cadence.get("keep_last", 2), is_main
@@ -38,6 +40,7 @@ class StepLog(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the logs behind the step that we start from."""
         first_step = state.global_step
+        self.health.recall([line for line in read_metrics(self.directory) if line["step"] <= first_step])
         if self.is_main:
             self.metrics = MetricsLog(self.directory, first_step, self.report_to)
         self.progress = Progress(self.stage, "step", self.num_steps, first=first_step)
@@ -45,10 +48,14 @@ class StepLog(TrainerCallback):
         self.started_at = self.step_started_at = time.monotonic()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        """Sum up the step over all processes and refuse a broken one before it reaches the weights."""
-        self.lr = float(optimizer.param_groups[0]["lr"])  # a tensor in torchao's optimizers
+        """Sum up the step over all processes; refuse or leave out a broken one before it reaches the weights."""
+        self.lr, step = float(optimizer.param_groups[0]["lr"]), state.global_step + 1  # a tensor in torchao's optimizers
         self.result = self.sums.reduce((preempted(), self._save_is_due()))
-        check_step(state.global_step + 1, self.result, self.grad_norm, self.lr)
+        broken = [] if math.isfinite(self.result.loss) else self.sums.broken()
+        self.skipped = self.health.judge(step, self.result, self.grad_norm, self.lr, broken)
+        if self.skipped:  # what has no gradient is left alone: no decay, no moments, no count of steps
+            self._say(f"step {step} skipped ({self.health.num_skipped} of {self.health.max_skipped}): {self.skipped}")
+            optimizer.zero_grad(set_to_none=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the step down; save and stop where wished."""
@@ -78,19 +85,18 @@ class StepLog(TrainerCallback):
 
     def _report(self, step: int, result: StepResult, seconds: float) -> None:
         assert self.metrics is not None
-        self.metrics.write(
-            {
-                "step": step,
-                "loss": result.loss,
-                "lr": self.lr,
-                "grad_norm": self.grad_norm,
-                "tokens": result.num_tokens,
-                "supervised_tokens": result.num_targets,
-                "tokens_per_second": round(result.num_tokens / seconds, 1),
-                "seconds": round(seconds, 4),
-                "loss_by_source": result.loss_by_source,
-            }
-        )
+        line = {
+            "step": step,
+            "loss": finite(result.loss),
+            "lr": self.lr,
+            "grad_norm": finite(self.grad_norm),
+            "tokens": result.num_tokens,
+            "supervised_tokens": result.num_targets,
+            "tokens_per_second": round(result.num_tokens / seconds, 1),
+            "seconds": round(seconds, 4),
+            "loss_by_source": {name: loss for name, loss in result.loss_by_source.items() if math.isfinite(loss)},
+        }
+        self.metrics.write(line | ({"skipped": self.skipped} if self.skipped else {}))
         speed = self.num_tokens / (time.monotonic() - self.started_at)
         self.progress.update(step, loss=f"{result.loss:.3f}", lr=f"{self.lr:.1e}", **{"": f"{speed:,.0f} tok/s"})
 
@@ -99,12 +105,6 @@ class StepLog(TrainerCallback):
             say(f"{self.stage:<14}{text}")
 
 
-def check_step(step: int, result: StepResult, grad_norm: float, lr: float) -> None:
-    """Stop before a step that would destroy the weights, or that would learn nothing."""
-    if not (math.isfinite(result.loss) and math.isfinite(grad_norm)):
-        raise UserError(
-            f"step {step} is not finite: loss {result.loss:g}, gradient norm {grad_norm:g}; weights not touched",
-            where=f"step {step}, learning rate {lr:.3g}",
-            todo="lower learning_rate or max_grad_norm, and look at the data of this step",
-        )
-    assert grad_norm > 0 or result.num_targets == 0, f"step {step}: {result.num_targets} targets, but no gradient"
+def finite(value: float) -> float | None:
+    """The value, or None, which JSON can say."""
+    return value if math.isfinite(value) else None

@@ -51,15 +51,31 @@ class StepSums:
         # By source: loss, then targets. float64: counts stay exact, and so does the order-free part of the sum.
         self.sums = torch.zeros(2, len(sources), dtype=torch.float64, device=device)
         self.num_tokens = 0
+        self.microbatches: list[torch.Tensor] = []  # the loss of each, () on the device
+        self.reduced: list[torch.Tensor] = []  # those of the last step that was reduced
 
     def add(self, losses: torch.Tensor, target_sources: torch.Tensor, num_tokens: int) -> None:
         """Take in one micro-batch; `losses` and `target_sources` are (N,)."""
         self.num_tokens += num_tokens
+        self.microbatches.append(losses.detach().sum())
         if len(target_sources) == 0:
             return
         losses = losses.double()
         for row, weights in enumerate((losses, None)):
             self.sums[row] += torch.bincount(target_sources, weights, minlength=len(self.sources))
+
+    def broken(self) -> list[int]:
+        """The micro-batches of the step just reduced whose loss is not finite, in the order of their rows.
+
+        Every process calls it, or none: it costs a message, so it is for a step that broke.
+        """
+        together = dist.is_available() and dist.is_initialized()
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        flags = torch.zeros(len(self.reduced) * world_size, device=self.sums.device)
+        flags[rank::world_size] = (~torch.isfinite(torch.stack(self.reduced))).float()
+        if together:
+            dist.all_reduce(flags)
+        return [number for number, flag in enumerate(flags.tolist()) if flag]
 
     def reduce(self, wishes: tuple[bool, ...] = ()) -> StepResult:
         """The step over all processes; starts the next one. A wish of one process is everyone's."""
@@ -72,6 +88,7 @@ class StepSums:
         losses, counts = sums[: len(self.sources)], sums[len(self.sources) :]
         self.sums.zero_()
         self.num_tokens = 0
+        self.reduced, self.microbatches = self.microbatches, []
         return StepResult(
             loss=sum(losses) / max(1.0, sum(counts)),
             loss_by_source={name: s / n for name, s, n in zip(self.sources, losses, counts, strict=True) if n},

@@ -29,7 +29,8 @@ class MetricsLog:
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         for name in ("loss", "lr", "grad_norm", "tokens_per_second"):
-            self.board.add_scalar(name, line[name], line["step"])
+            if line[name] is not None:  # of a step that was skipped
+                self.board.add_scalar(name, line[name], line["step"])
         for source, loss in line["loss_by_source"].items():
             self.board.add_scalar(f"loss_by_source/{source}", loss, line["step"])
 

@@ -18,6 +18,7 @@ from tasks.stage import Order, read_artifact, write_json
 from tasks.training import checkpoint, export
 from tasks.training.attention import attention_plan
 from tasks.training.callbacks import StepLog
+from tasks.training.health import Health
 from tasks.training.loss import StepSums
 from tasks.training.metrics import METRICS, read_metrics
 from tasks.training.model import add_token_rows, check_init, describe, load_tokenizer, prepare_model, resolve_init
@@ -119,7 +120,8 @@ def assemble(
     attention = attention_plan(model.config._attn_implementation, config.device.type, seq_len, precision.computes_bf16)
     fill_to = layout.microbatch_rows * seq_len if order.how.get("compile", False) else 0
     sums = StepSums(inputs.said["sources"], config.device)
-    step_log = StepLog(directory, order.stage, layout.num_steps, sums, order.how, is_main=backend.rank() == 0)
+    health = Health(order.what, order.how, layout, Path(order.inputs["rows"]) / "rows.arrow")
+    step_log = StepLog(directory, order.stage, layout.num_steps, sums, health, order.how, is_main=backend.rank() == 0)
     trainer = RowTrainer(
         model=model,
         args=config,
@@ -198,11 +200,17 @@ def count(directory: Path, layout: Layout) -> dict[str, Any]:
     lines = read_metrics(directory)
     assert [line["step"] for line in lines] == list(range(1, layout.num_steps + 1)), "steps are missing or double"
     tokens, seconds = sum(line["tokens"] for line in lines), sum(line["seconds"] for line in lines)
+    skipped = [line for line in lines if "skipped" in line]
+    losses = [line["loss"] for line in lines if "skipped" not in line]
+    if not losses:
+        raise UserError("every step was skipped: nothing was learned", where=str(directory / METRICS))
     return {
         "steps": layout.num_steps,
         "tokens": tokens,
         "supervised_tokens": sum(line["supervised_tokens"] for line in lines),
-        "final_loss": lines[-1]["loss"],
+        "skipped_steps": [line["step"] for line in skipped],
+        "skipped_tokens": sum(line["tokens"] for line in skipped),
+        "final_loss": losses[-1],
         "tokens_per_second": round(tokens / seconds, 1),
         "seconds_training": round(seconds, 3),
         "resumed_from": read_resumes(directory),
