@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tasks.preparation.__main__ import main
-from tasks.stage import ERROR, Order, write_order
+from tasks.stage import ERROR, Order, file_sha256, write_order
 
 EOS = "<|endoftext|>"
 WORDS = [
@@ -89,7 +89,7 @@ def _chat(rng: np.random.Generator, number: int) -> list[dict[str, str]]:
 def source(paths: Path | list[Path], **spec: Any) -> dict[str, Any]:
     """A source as an order holds it."""
     found = sorted(paths) if isinstance(paths, list) else [paths]
-    files = [{"path": str(path), "bytes": path.stat().st_size, "sha256": ""} for path in found]
+    files = [{"path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in found]
     return {"spec": {"files": [str(path) for path in found], **(spec or {"text": "text"})}, "files": files}
 
 

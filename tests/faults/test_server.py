@@ -1,0 +1,212 @@
+"""`make serve` with everything that can die in it: cancelled runs, lost workers, a killed server, a machine that restarts."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tasks.stage import file_sha256, read_artifact
+from tests.conftest import laws, write_lines
+from tests.faults.table import Table
+from tests.faults.test_signals import num_steps
+from tests.faults.world import MARK, World
+from tests.operations.conftest import FINAL, Served, forget, make_project, serve, wait_for
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
+SECONDS_TO_CANCEL, SECONDS_TO_CRASHED = 15.0, 180.0
+STEPS = 1024
+OF_A_RUN = ("-m tasks.", "guard.py", "prefect.engine", "flow-run execute", "flow_engine")
+
+
+@dataclass
+class House:
+    """A served project, and the census of its processes."""
+
+    project: Path
+    world: World
+    served: Served
+
+    def serve(self) -> None:
+        """Start `make serve`, also again."""
+        process, url = serve(self.project, self.served.output if self.served else self.project / "serve.out")
+        self.served = Served(self.project, url, process, self.project / "serve.out")
+
+    def of_a_run(self) -> dict[int, str]:
+        """Processes of flow runs and of what they started; services are none of them."""
+        return {pid: line for pid, line in self.world.processes().items()
+                if any(part in line for part in OF_A_RUN) and "--grace 27" not in line}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def house(tiny_base: Path) -> Iterator[House]:
+    """A project with a training of half a minute, served."""
+    project = make_project(tiny_base)
+    write_lines(project / "laws.jsonl", laws(6000))
+    write_lines(project / "general.jsonl", [{"text": f"The river of town {n} is {n * 3} miles."} for n in range(4000)])
+    config = project / "configs/regulator.yaml"
+    text = config.read_text().replace("tokens: 4096", f"tokens: {STEPS * 64}", 1)
+    text = text.replace(
+        "  batch_tokens: 512", "  batch_tokens: 64\n  checkpoint: {every_steps: 50, every_minutes: null}", 1
+    )
+    config.write_text(text)
+    world = World(project)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(MARK, world.mark)
+        made = House(project, world, None)  # type: ignore[arg-type]
+        made.serve()
+        yield made
+        made.served.process.send_signal(signal.SIGINT)
+        made.served.process.wait(90)
+    world.wait_until_gone()
+    forget(project, made.served.output)
+
+
+def begin(house: House, name: str, seed: int, moment: random.Random) -> tuple[str, Path]:
+    """A run up to CPT of a config of its own, some steps into its training; its id and the training's directory."""
+    config = house.project / f"configs/{name}.yaml"
+    config.write_text((house.project / "configs/regulator.yaml").read_text().replace("seed: 0", f"seed: {seed}"))
+    before = set(house.project.glob("runs/cpt-*"))
+    run_id = house.served.start_run(config=f"configs/{name}.yaml", until="cpt")
+    wait_for(lambda: set(house.project.glob("runs/cpt-*")) - before, 240)
+    [directory] = set(house.project.glob("runs/cpt-*")) - before
+    wanted = moment.randint(60, STEPS // 3)
+    wait_for(lambda: num_steps(directory) >= wanted, 240)
+    return run_id, directory
+
+
+def assert_resumed_and_same(house: House, directory: Path, name: str) -> None:
+    """The training went on from a checkpoint and ended as an undisturbed one does."""
+    assert read_artifact(directory)["counts"]["resumed_from"], "it started over"
+    config = house.project / f"configs/{name}-undisturbed.yaml"
+    config.write_text(
+        (house.project / f"configs/{name}.yaml").read_text().replace("runs_dir: ./runs", "runs_dir: ./undisturbed")
+    )
+    command = [sys.executable, "-m", "tests.faults.drive", str(config), "cpu", "prepare", "cpt"]
+    subprocess.run(
+        command, check=True, cwd=house.project, env=os.environ | {"PYTHONPATH": str(house.project)}, timeout=600
+    )
+    other = house.project / "undisturbed" / directory.name
+    [ours] = directory.glob("model/*.safetensors")
+    assert file_sha256(ours) == file_sha256(other / "model" / ours.name)
+    shutil.rmtree(other.parent)
+
+
+def complete(house: House, name: str) -> None:
+    """The next run of the same config completes."""
+    run = house.served.wait_for_run(house.served.start_run(config=f"configs/{name}.yaml", until="cpt"))
+    assert run["state_name"] == "Completed", run["state"]["message"]
+
+
+def kill(house: House, which: Callable[[str], bool], number: signal.Signals = signal.SIGKILL) -> None:
+    """Send it to every process of the house whose command line is meant, at once."""
+    pids = [pid for pid, line in house.world.processes().items() if which(line)]
+    assert pids, "\n".join(house.world.processes().values())
+    for pid in pids:
+        os.kill(pid, number)
+
+
+def state(house: House, run_id: str) -> str:
+    return str(house.served.api(f"/flow_runs/{run_id}")["state_name"])
+
+
+def test_a_cancelled_run_ends_at_once_and_a_retry_resumes(house: House, table: Table, moment: random.Random) -> None:
+    fault = table.tried("cancel by API, then retry", "training")
+    run_id, directory = begin(house, "cancelled", 11, moment)
+    began = time.monotonic()
+    house.served.api(f"/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+    wait_for(lambda: not house.of_a_run(), 60)
+    took = time.monotonic() - began
+    wait_for(lambda: state(house, run_id) in ("Cancelled", "Crashed", "Failed"), 60)
+    print(f"cancelled: its processes were gone after {took:.1f} s, shown as {state(house, run_id)}")
+    assert state(house, run_id) == "Cancelled"
+    assert took <= SECONDS_TO_CANCEL
+    environment = os.environ | {
+        "PREFECT_API_URL": f"{house.served.url}/api",
+        "PREFECT_HOME": str(house.project / ".prefect"),
+    }
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "flow-run", "retry", run_id]
+    subprocess.run(command, check=True, env=environment, cwd=house.project, timeout=120)
+    wait_for(lambda: state(house, run_id) != "Cancelled", 60)
+    assert house.served.wait_for_run(run_id)["state_name"] == "Completed"
+    assert_resumed_and_same(house, directory, "cancelled")
+    fault.seconds_lost, fault.survived = round(took, 1), True
+
+
+def test_a_lost_worker_leaves_a_crashed_run(house: House, table: Table, moment: random.Random) -> None:
+    """Worker, flow run and trainer vanish together, as when their machine does."""
+    fault = table.tried("worker and its run lost (SIGKILL of all of it): seconds until Crashed", "training")
+    run_id, directory = begin(house, "lost", 12, moment)
+    began = time.monotonic()
+    runs = set(house.of_a_run())
+    kill(house, lambda line: "worker start" in line)
+    for pid in runs:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    wait_for(lambda: state(house, run_id) in ("Crashed", "Failed", "Cancelled"), SECONDS_TO_CRASHED + 30)
+    took = time.monotonic() - began
+    print(f"lost: shown as {state(house, run_id)} after {took:.0f} s")
+    assert state(house, run_id) == "Crashed" and took <= SECONDS_TO_CRASHED
+    complete(house, "lost")
+    assert_resumed_and_same(house, directory, "lost")
+    fault.seconds_lost, fault.survived = round(took, 1), True
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("which", ["worker", "server"])
+def test_a_service_dies(house: House, table: Table, moment: random.Random, which: str, number: signal.Signals) -> None:
+    """It is started again; the run goes on or ends clearly, and the next one completes."""
+    name = f"{which}-{number.name.lower()}"
+    fault = table.tried(f"{number.name} of Prefect's {which}", "training")
+    run_id, directory = begin(
+        house, name, 20 + ["worker", "server"].index(which) * 2 + (number == signal.SIGKILL), moment
+    )
+    began = time.monotonic()
+    part = f"{which} start"
+    kill(house, lambda line: part in line and "guard" not in line, number)
+    wait_for(lambda: house.world.find(part), 120)
+    wait_for(lambda: answers(house) and house.served.api(f"/flow_runs/{run_id}")["state_type"] in FINAL, 400)
+    print(f"{name}: the run ended as {state(house, run_id)} after {time.monotonic() - began:.0f} s")
+    assert state(house, run_id) in ("Completed", "Crashed", "Failed", "Cancelled")
+    wait_for(lambda: not house.of_a_run(), 60)
+    complete(house, name)
+    config = house.project / f"configs/{name}.yaml"
+    if read_artifact(directory)["counts"]["resumed_from"]:
+        assert_resumed_and_same(house, directory, name)
+    assert config.exists()
+    fault.survived = True
+
+
+def test_the_machine_restarts(house: House, table: Table, moment: random.Random) -> None:
+    fault = table.tried("machine restart: everything killed at once, then `make serve`", "training")
+    run_id, directory = begin(house, "restart", 30, moment)
+    house.world.end_all()
+    house.served.process.wait(30)
+    began = time.monotonic()
+    house.serve()
+    wait_for(lambda: state(house, run_id) != "Running", SECONDS_TO_CRASHED)
+    shown = state(house, run_id)
+    print(f"restart: the run shows {shown} {time.monotonic() - began:.0f} s after `make serve`")
+    assert shown in ("Crashed", "AwaitingRetry", "Completed", "Scheduled"), shown
+    complete(house, "restart")
+    assert_resumed_and_same(house, directory, "restart")
+    fault.seconds_lost, fault.survived = round(time.monotonic() - began, 1), True
+
+
+def answers(house: House) -> bool:
+    try:
+        house.served.api("/health")
+    except Exception:
+        return False
+    return True
