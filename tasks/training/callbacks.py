@@ -49,7 +49,10 @@ class StepLog(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Sum up the step over all processes; refuse or leave out a broken one before it reaches the weights."""
-        self.lr, step = float(optimizer.param_groups[0]["lr"]), state.global_step + 1  # a tensor in torchao's optimizers
+        self.lr, step = (
+            float(optimizer.param_groups[0]["lr"]),
+            state.global_step + 1,
+        )  # a tensor in torchao's optimizers
         self.result = self.sums.reduce((preempted(), self._save_is_due()))
         broken = [] if math.isfinite(self.result.loss) else self.sums.broken()
         self.skipped = self.health.judge(step, self.result, self.grad_norm, self.lr, broken)
