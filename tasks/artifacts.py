@@ -26,6 +26,7 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging import get_logger
 
 from tasks import tables
+from tasks.forecast import rows_for_table
 from tasks.outcome import speaker
 from tasks.plan import Planned
 from tasks.progress import Reading, read
@@ -62,7 +63,13 @@ def live(stages: Sequence[Planned]) -> Iterator[Callable[[str], None]]:
 
 def show_plan(plan: dict[str, Planned]) -> None:
     """The plan, as the table of a flow run."""
-    _post(lambda: [_table("plan", tables.plan(plan), "What runs, what is reused, and why")])
+    forecast = rows_for_table(plan)
+    _post(
+        lambda: [
+            _table("plan", tables.plan(plan), "What runs, what is reused, and why"),
+            *([_table("trainings", forecast, "What the trainings will take: memory, time, disk")] if forecast else []),
+        ]
+    )
 
 
 def show(stages: Sequence[Planned], reused: bool) -> None:

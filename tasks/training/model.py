@@ -9,7 +9,6 @@ come.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from tasks.errors import UserError
-from tasks.stage import Order, free_bytes
+from tasks.model_shape import tensor_sizes
+from tasks.room import check_disk
+from tasks.stage import Order
 from tasks.training.attention import choose_attention
 from tasks.training.linear_loss import can_fuse, fuse_loss
 from tasks.training.precision import Precision
 from tasks.training.recompute import wrap_layers
 
-# A checkpoint holds the weights and Adam's two moments, the export the weights: all float32.
-CHECKPOINT_BYTES_A_PARAMETER, EXPORT_BYTES_A_PARAMETER = 12, 4
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
@@ -40,7 +39,7 @@ def resolve_init(order: Order) -> Path:
     return folder
 
 
-def check_init(folder: Path, seq_len: int, directory: Path, keep_last: int) -> None:
+def check_init(folder: Path, seq_len: int, directory: Path, keep_last: int, precision: str = "fp32") -> None:
     """Everything about the model that can be refused before it is loaded."""
     if not list(folder.glob("*.safetensors")):
         pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
@@ -51,17 +50,7 @@ def check_init(folder: Path, seq_len: int, directory: Path, keep_last: int) -> N
     if positions is not None and seq_len > positions:
         raise UserError(f"seq_len is {seq_len}, but the model has {positions} positions", where="model.seq_len",
                         allowed=f"up to {positions}", todo="lower model.seq_len")  # fmt: skip
-    num_parameters = sum(_count(shape) for shape in tensor_shapes(folder).values())
-    needed = num_parameters * (CHECKPOINT_BYTES_A_PARAMETER * (keep_last + 1) + EXPORT_BYTES_A_PARAMETER)
-    present = sum(file.stat().st_size for file in (directory / "checkpoints").rglob("*") if file.is_file())
-    free = free_bytes(directory)
-    if free + present < needed:
-        raise UserError(
-            f"the disk is too small for the checkpoints: {needed / 1e9:,.1f} GB needed, {free / 1e9:,.1f} GB free",
-            where=str(directory),
-            allowed=f"{keep_last + 1} checkpoints (one in the making) and the export of {num_parameters:,} parameters",
-            todo="free space, lower checkpoint.keep_last or set runs_dir to another disk",
-        )
+    check_disk(directory, sum(tensor_sizes(folder).values()), precision, keep_last)
 
 
 def load_tokenizer(folder: Path, init: Path, added_tokens: list[str]) -> tuple[PreTrainedTokenizerBase, list[str]]:
@@ -133,13 +122,6 @@ def _embedding_rows(folder: Path) -> int | None:
     found = [shape[0] for name, shape in tensor_shapes(folder).items() if name.endswith(EMBEDDINGS)]
     said = json.loads((folder / "config.json").read_text()).get("vocab_size")
     return found[0] if found else said
-
-
-def _count(shape: Iterable[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def describe(model: Any) -> str:

@@ -103,7 +103,7 @@ def read_inputs(directory: Path, order: Order) -> Inputs:
     check_tracker(order.how.get("report_to", "tensorboard"))
     keep_last = (order.how.get("checkpoint") or {}).get("keep_last", 2)
     init, prepared = resolve_init(order), Path(order.inputs["rows"])
-    check_init(init, order.what["seq_len"], directory, keep_last)
+    check_init(init, order.what["seq_len"], directory, keep_last, order.how["precision"])
     said = read_artifact(prepared)["counts"]
     tokenizer, new_tokens = load_tokenizer(prepared / "tokenizer", init, said.get("added_tokens", []))
     rows = load_rows(prepared / "rows.arrow", filler_token=end_token(tokenizer))
