@@ -37,6 +37,8 @@ CLUSTERS = (
     ("16xH100-80", 16, 8, 79.0),
 )
 Cluster = tuple[str, int, int, float]
+TEXTBOOK = "12 bytes"
+POLICIES = ((TEXTBOOK, "none"), ("fp32-master", "none"), ("bf16-stochastic", "none"), ("fp32-master", "cpu"))
 
 
 def state_gigabytes(num_parameters: float, bytes_a_parameter: tuple[float, ...]) -> float:
@@ -49,27 +51,33 @@ def on_cluster(cluster: Cluster, precision: str, offload: str) -> Setting:
     return Setting("fsdp", precision, "full", 1, 4096, cluster[1], offload, accumulation=4)
 
 
-def holds(shape: ModelShape, cluster: Cluster, precision: str, offload: str) -> bool:
+def gib_on(shape: ModelShape, cluster: Cluster, policy: str, offload: str) -> float:
+    """Predicted GiB of one GPU; the textbook's policy is bf16 with 4 bytes a parameter more for its moments."""
+    textbook = policy == TEXTBOOK
+    total = predict(shape, on_cluster(cluster, "bf16" if textbook else policy, offload)).total
+    return (total + textbook * (sum(RULE_OF_THUMB) - 8) * shape.parameters / cluster[1]) / GIB
+
+
+def holds(shape: ModelShape, cluster: Cluster, policy: str, offload: str) -> bool:
     """Whether a model trains there with the plan's headroom; the host's memory is not asked."""
-    return predict(shape, on_cluster(cluster, precision, offload)).total / GIB <= cluster[3] * (1 - HEADROOM)
+    return gib_on(shape, cluster, policy, offload) <= cluster[3] * (1 - HEADROOM)
 
 
 def cluster_table() -> str:
     """Model x policy, one column a cluster: GiB a GPU, and on the host of a node."""
     lines = ["| model | policy | offload | " + " | ".join(name for name, *_ in CLUSTERS) + " |", "|---" * 7 + "|"]
     for model, shape in LLAMA_2.items():
-        for precision, offload in (("fp32-master", "none"), ("bf16-stochastic", "none"), ("fp32-master", "cpu")):
-            cells = [_cell(shape, cluster, precision, offload) for cluster in CLUSTERS]
-            lines.append(f"| {model} | {precision} | {offload} | " + " | ".join(cells) + " |")
+        for policy, offload in POLICIES:
+            cells = [_cell(shape, cluster, policy, offload) for cluster in CLUSTERS]
+            lines.append(f"| {model} | {policy} | {offload} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(shape: ModelShape, cluster: Cluster, precision: str, offload: str) -> str:
-    setting = on_cluster(cluster, precision, offload)
-    text = f"{predict(shape, setting).total / GIB:.0f}"
-    host = host_bytes(shape, setting, cluster[2]) / GIB
-    text += f" + {host:,.0f} host" if host else ""
-    return f"**{text}**" if holds(shape, cluster, precision, offload) else f"{text}, no"
+def _cell(shape: ModelShape, cluster: Cluster, policy: str, offload: str) -> str:
+    text = f"{gib_on(shape, cluster, policy, offload):.0f}"
+    if offload == "cpu":
+        text += f" + {host_bytes(shape, on_cluster(cluster, policy, offload), cluster[2]) / GIB:,.0f} host"
+    return f"**{text}**" if holds(shape, cluster, policy, offload) else f"{text}, no"
 
 
 def measured_table(runs: tuple[Measured, ...]) -> str:

@@ -7,7 +7,8 @@ import pytest
 from tasks.memory import GIB, STATE_BYTES, Setting, host_bytes, moments, predict
 from tasks.model_shape import ModelShape, shape_of
 from tasks.speed import Measured, measured
-from tests.benchmarks.plan import CLUSTERS, LLAMA_2, RULE_OF_THUMB, holds, state_gigabytes
+from tests.benchmarks.plan import CLUSTERS, LLAMA_2, RULE_OF_THUMB, TEXTBOOK, cluster_table, holds, state_gigabytes
+from tests.conftest import ROOT
 
 LLAMA_8B = shape_of({"model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336,
                      "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -73,20 +74,30 @@ def test_one_micro_batch_a_step_holds_no_gradients_while_the_loss_stands() -> No
 
 # --- which cluster holds which model ---------------------------------------------------------------------------------
 
-# 4xA100-40, 8xA100-40, 8xA100-80, 16xH100-80; rows of 4096, one at a time, full recompute, float32 master weights
-HOLDS: dict[tuple[str, str], list[bool]] = {
-    ("7B", "none"): [True, True, True, True],
-    ("13B", "none"): [False, True, True, True],
-    ("70B", "none"): [False, False, False, False],
-    ("7B", "cpu"): [True, True, True, True],
-    ("13B", "cpu"): [True, True, True, True],
-    ("70B", "cpu"): [True, True, True, True],
+# 4xA100-40, 8xA100-40, 8xA100-80, 16xH100-80; rows of 4096, one at a time, full recompute
+HOLDS: dict[tuple[str, str, str], list[bool]] = {
+    ("7B", TEXTBOOK, "none"): [True, True, True, True],
+    ("13B", TEXTBOOK, "none"): [False, True, True, True],
+    ("70B", TEXTBOOK, "none"): [False, False, False, True],  # 840 GB: 210, 105, 105 and 52 GB a GPU
+    ("7B", "fp32-master", "none"): [True, True, True, True],
+    ("13B", "fp32-master", "none"): [False, True, True, True],
+    ("70B", "fp32-master", "none"): [False, False, False, False],
+    ("70B", "bf16-stochastic", "none"): [False, False, True, True],
+    ("7B", "fp32-master", "cpu"): [True, True, True, True],
+    ("13B", "fp32-master", "cpu"): [True, True, True, True],
+    ("70B", "fp32-master", "cpu"): [True, True, True, True],
 }
 
 
-@pytest.mark.parametrize(("model", "offload"), HOLDS)
-def test_which_cluster_holds_which_model(model: str, offload: str) -> None:
-    assert [holds(LLAMA_2[model], cluster, "fp32-master", offload) for cluster in CLUSTERS] == HOLDS[model, offload]
+@pytest.mark.parametrize(("model", "policy", "offload"), HOLDS)
+def test_which_cluster_holds_which_model(model: str, policy: str, offload: str) -> None:
+    held = [holds(LLAMA_2[model], cluster, policy, offload) for cluster in CLUSTERS]
+    assert held == HOLDS[model, policy, offload]
+
+
+def test_the_readme_shows_the_tables_as_they_are_now() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert cluster_table() in readme, "run `python -m tests.benchmarks.plan` and put its table in"
 
 
 def test_what_a_cluster_holds_is_no_less_with_less_precision() -> None:
