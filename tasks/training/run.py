@@ -168,25 +168,11 @@ def find_resume(directory: Path, stage: str, is_main: bool) -> Path | None:
         found = [checkpoint.newest_whole(directory)]
     if dist.is_initialized():
         dist.broadcast_object_list(found, src=0)
-    if found[0] is not None:
-        check_same_kind(found[0])
     if is_main and found[0] is not None:
         step = checkpoint.step_of(found[0])
         say(f"{stage:<14}resuming from the checkpoint of step {step}")
         write_json(directory / RESUMES, [*read_resumes(directory), step])
     return found[0]
-
-
-def check_same_kind(found: Path) -> None:
-    """A sharded checkpoint needs several processes again, and a whole one needs one."""
-    sharded, several = any(found.glob("pytorch_model_fsdp*")), dist.is_initialized()
-    if sharded != several:
-        raise UserError(
-            f"step {checkpoint.step_of(found)} was saved by {'several processes' if sharded else 'a single process'}",
-            where=str(found),
-            allowed="resuming with a single process, or with several, as it was saved",
-            todo="use that tag, or start the stage over with --force",
-        )
 
 
 def read_resumes(directory: Path) -> list[int]:

@@ -2,8 +2,8 @@
 learned.
 
 The subclass changes five things: rows come in their prepared order, the loss has one denominator a step,
-the schedule ends at its floor, a checkpoint is written aside, and TRL's own metrics (entropy and accuracy
-of every token) are not computed.
+the schedule ends at its floor, a checkpoint is written aside and for any number of processes
+(`tasks.training.states`), and TRL's own metrics (entropy and accuracy of every token) are not computed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tasks.training.loss import token_losses
 from tasks.training.precision import Precision
 from tasks.training.rows import Layout, StepSampler
 from tasks.training.schedule import lr_factor
+from tasks.training.states import load_states, save_states
 
 ADAM_EPSILON = 1e-8
 
@@ -93,6 +94,19 @@ class RowTrainer(SFTTrainer):
         if self.is_world_process_zero():
             checkpoint.publish(self.directory, self.state.global_step, self.step_log.keep_last)
         self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Nothing: a checkpoint's weights lie with its states, and the export is not the trainer's."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_states(Path(output_dir), self.model, self.optimizer, self.lr_scheduler)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the weights are read with the states."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_states(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No model card in a checkpoint."""

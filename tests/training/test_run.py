@@ -15,7 +15,6 @@ from tasks.errors import UserError
 from tasks.training.checkpoint import list_checkpoints, step_of
 from tasks.training.export import moved_share
 from tasks.training.metrics import read_metrics
-from tasks.training.run import check_same_kind
 from tasks.training.schedule import lr_factor
 from tests.training.conftest import (
     WHAT,
@@ -179,13 +178,6 @@ def test_checkpoints_come_by_steps_or_minutes_and_at_the_end(
     directory = make_stage(tmp_path, base, prepared, {"checkpoint": cadence})
     train_here(directory)
     assert [step_of(path) for path in list_checkpoints(directory)] == kept
-
-
-def test_a_sharded_checkpoint_is_not_resumed_by_one_process(tmp_path: Path) -> None:
-    found = tmp_path / "checkpoint-00000004"
-    (found / "pytorch_model_fsdp_0").mkdir(parents=True)
-    with pytest.raises(UserError, match="step 4 was saved by several processes"):
-        check_same_kind(found)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path, base: Path, prepared: Path) -> None:

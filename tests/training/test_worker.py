@@ -10,6 +10,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
-from tasks.stage import is_done, read_artifact
+from tasks.stage import is_done, read_artifact, read_order, write_order
 from tasks.training.checkpoint import FOLDER, list_checkpoints, step_of, writing_folder
 from tasks.training.metrics import METRICS, read_metrics
+from tasks.training.states import STATE
 from tests.training.conftest import (
     SEQ_LEN,
     finish_worker,
@@ -54,7 +56,7 @@ def killed_by_sigkill(directory: Path) -> Path:
     """Killed while saving, between two saves, and while exporting; then finished by one of two workers."""
     saving = writing_folder(directory) / "checkpoint-20"
     worker = start_worker(directory)
-    wait_until((saving / "model.safetensors").exists, worker)
+    wait_until((saving / STATE).exists, worker)
     kill(worker)
     assert saving.exists() and [step_of(path) for path in list_checkpoints(directory)] == [10]
 
@@ -89,8 +91,8 @@ def stopped_by_signals(directory: Path) -> Path:
         assert saved <= steps_when_told + 2
         assert (directory / "preempted.txt").exists()
     assert len(list_checkpoints(directory)) == 2
-    optimizer = list_checkpoints(directory)[0] / "optimizer.pt"
-    optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    shard = list_checkpoints(directory)[0] / STATE / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-100])
     assert run_worker(directory) == 0
     return directory
 
@@ -101,16 +103,20 @@ def refused(directory: Path) -> Path:
     return directory
 
 
-def sharded_and_stopped(directory: Path) -> Path:
-    """Two processes with FSDP2, stopped through torchrun, and resumed from their sharded checkpoint."""
-    worker = start_worker(directory, processes=2)
-    wait_until(lambda: num_lines(directory) >= 8, worker)
-    worker.terminate()
-    assert finish_worker(worker) != 0
-    assert (directory / "preempted.txt").exists(), "torchrun hides exit code 75; this file tells"
-    newest = list_checkpoints(directory)[0]
-    assert 8 <= step_of(newest) < NUM_STEPS // ROWS_PER_STEP_SHARDED
-    assert len(list((newest / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2
+def moved_between_sizes(directory: Path) -> Path:
+    """Two processes with FSDP2, stopped through torchrun; taken over by one, stopped; finished by two again."""
+    order = read_order(directory)
+    for processes, enough in ((2, 8), (1, 20)):
+        write_order(replace(order, how=order.how | {"processes": processes}), directory.parent)
+        worker = start_worker(directory, processes)
+        wait_until(lambda enough=enough: num_lines(directory) >= enough, worker)
+        worker.terminate()
+        assert finish_worker(worker) != 0
+        assert (directory / "preempted.txt").exists(), "torchrun hides exit code 75; this file tells"
+        newest = list_checkpoints(directory)[0]
+        assert enough <= step_of(newest) < NUM_STEPS // ROWS_PER_STEP_SHARDED
+        assert len(list((newest / STATE).glob("*.distcp"))) == processes
+    write_order(order, directory.parent)
     assert run_worker(directory, processes=2) == 0
     return directory
 
@@ -134,7 +140,7 @@ def stories(tmp_path_factory: pytest.TempPathFactory, base: Path, long_rows: Pat
     too_long = make_stage(runs / "too_long", base, long_rows, seq_len=129, batch_tokens=129)
     with ThreadPoolExecutor(3) as pool:
         yield {
-            "sharded": pool.submit(sharded_and_stopped, sharded),
+            "sharded": pool.submit(moved_between_sizes, sharded),
             "killed": pool.submit(killed_by_sigkill, killed),
             "stopped": pool.submit(stopped_by_signals, stopped),
             "refused": pool.submit(refused, too_long),
@@ -186,17 +192,17 @@ def test_signals_save_within_a_step_and_a_damaged_checkpoint_is_skipped(
     assert_same(directory, uninterrupted)
     assert len(read_artifact(directory)["counts"]["resumed_from"]) == 2
     log = (directory / "worker.log").read_text()
-    assert "is damaged (optimizer.pt holds" in log and "falling back" in log
+    assert "is damaged (state/__0_0.distcp holds" in log and "falling back" in log
 
 
-def test_two_processes_shard_resume_and_give_the_result_of_one(
+def test_two_processes_then_one_then_two_give_the_result_of_one(
     stories: dict[str, Future[Any]], base: Path, long_rows: Path, tmp_path: Path
 ) -> None:
     single = make_stage(tmp_path, base, long_rows, batch_tokens=ROWS_PER_STEP_SHARDED * SEQ_LEN)
     train_here(single)
     directory = stories["sharded"].result()
     counts = read_artifact(directory)["counts"]
-    assert counts["wrapper"] == "FSDP2" and len(counts["resumed_from"]) == 1
+    assert counts["wrapper"] == "FSDP2" and len(counts["resumed_from"]) == 2
     assert largest_difference(directory, single) < 1e-4
     losses = [[line["loss"] for line in read_metrics(one)] for one in (directory, single)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
