@@ -16,11 +16,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tasks.disk import probe
 from tasks.errors import EXIT_OOM, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError, parse
 from tasks.guard import has_ended
+from tasks.nodes import meet
 from tasks.oom import OutOfMemory, read_oom
 from tasks.progress import MARK
 from tasks.stage import ERROR, LOCK_FD_VARIABLE, LOG, OOM, PREEMPTED
@@ -69,39 +70,62 @@ def run_worker(
     for directory in directories:
         for said in (ERROR, PREEMPTED, OOM):  # of an earlier try
             (directory / said).unlink(missing_ok=True)
-    guard = [sys.executable, "-S", GUARD, "--grace", str(GRACE_SECONDS), "--"]  # -S: a third of its start-up
-    worker = [*python_command(module, how), *map(str, directories)]
     tail: deque[str] = deque(maxlen=TAIL_LINES)
-    with log.open("ab") as sink, log.open("r", errors="replace") as source:
+    training_how = how if module == "tasks.training" else {}
+    with (
+        meet(training_how, directories[0], forward, hub) as company,
+        log.open("ab") as sink,
+        log.open("r", errors="replace") as source,
+    ):
         source.seek(0, os.SEEK_END)
-        process = subprocess.Popen(
-            [*guard, *worker],
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches us alone, and we stop the worker in order
-            env=worker_environment(how, lock_descriptors, hub),
-            pass_fds=lock_descriptors,
-        )
+        worker = [*python_command(module, how | {"master": company.master}), *map(str, directories)]
+        process = start_guarded(worker, sink, worker_environment(how, lock_descriptors, hub), lock_descriptors)
         follow = _Follower(source, tail, forward)
         try:
             while not has_ended(process, POLL_SECONDS):
                 follow()
+                if problem := company.problem():
+                    forward(problem)
+                    break
         finally:  # also when SIGTERM, Ctrl-C or a cancellation takes us out of the loop
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
                 process.wait()
             follow(last=True)
+        tail.extend([*company.tail, company.problem()])
     code = 128 - process.returncode if process.returncode < 0 else process.returncode  # the guard itself was killed
     _raise_for(code, f"{module} {directories[0].name}", directories, tail)
 
 
+def start_guarded(
+    worker: Sequence[str], sink: IO[bytes], environment: dict[str, str], descriptors: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
+    """A worker under the guard, which ends all of it on SIGTERM and when we die."""
+    return subprocess.Popen(
+        [sys.executable, "-S", GUARD, "--grace", str(GRACE_SECONDS), "--", *worker],  # -S: a third of its start-up
+        stdin=subprocess.DEVNULL,
+        stdout=sink,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C reaches us alone, and we stop the worker in order
+        env=environment,
+        pass_fds=descriptors,
+    )
+
+
 def python_command(module: str, how: dict[str, Any]) -> list[str]:
-    """`python -m MODULE`, or torchrun when training is spread over several processes."""
-    processes = int(how.get("processes", 1))
-    if module != "tasks.training" or processes == 1:
+    """`python -m MODULE`, or torchrun when training is spread over several processes.
+
+    Of several nodes each runs its own; `how` then says where they meet (`master`) and which this one is (`node_rank`).
+    """
+    processes, nodes = int(how.get("processes", 1)), int(how.get("nodes", 1))
+    if module != "tasks.training" or processes * nodes == 1:
         return [sys.executable, "-m", module]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    place = ["--standalone"]
+    if nodes > 1:  # static: node 0, which holds the stage's lock, has rank 0 whoever comes first
+        host, _, port = how["master"].rpartition(":")
+        place = ["--nnodes", str(nodes), "--node-rank", str(how.get("node_rank", 0)),
+                 "--rdzv-backend", "static", "--master-addr", host, "--master-port", port]  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", *place, "--nproc-per-node", str(processes)]
     return [*launcher, "-m", module]
 
 

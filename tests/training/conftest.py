@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tasks.stage import Order, finish, read_order, write_order
+from tasks.training.metrics import METRICS
 
 VOCAB_SIZE, SEQ_LEN = 128, 64
 WHAT = {
@@ -176,6 +177,12 @@ def wait_until(condition: Callable[[], bool], worker: subprocess.Popen[bytes], s
         assert worker.poll() is None, f"the worker ended with {worker.returncode} first"
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.001)
+
+
+def num_lines(directory: Path) -> int:
+    """Steps in a stage's metrics so far."""
+    path = directory / METRICS
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
 from tasks.stage import is_done, read_artifact, read_order, write_order
 from tasks.training.checkpoint import FOLDER, list_checkpoints, step_of, writing_folder
-from tasks.training.metrics import METRICS, read_metrics
+from tasks.training.metrics import read_metrics
 from tasks.training.states import STATE
 from tests.training.conftest import (
     SEQ_LEN,
@@ -30,6 +30,7 @@ from tests.training.conftest import (
     make_documents,
     make_prepared,
     make_stage,
+    num_lines,
     pack,
     run_worker,
     start_worker,
@@ -40,11 +41,6 @@ from tests.training.conftest import (
 
 NUM_STEPS, ROWS_PER_STEP_SHARDED = 120, 3
 EVERY_10 = {"checkpoint": {"every_steps": 10, "every_minutes": None, "keep_last": 2}}
-
-
-def num_lines(directory: Path) -> int:
-    path = directory / METRICS
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def kill(worker: subprocess.Popen[bytes]) -> None:
