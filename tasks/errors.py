@@ -8,9 +8,7 @@ from __future__ import annotations
 
 EXIT_USER_ERROR = 2  # bad input: running the same thing again will fail again
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: SIGTERM, a checkpoint was saved; run again to resume
-EXIT_OOM = (
-    76  # a GPU's memory ran out; `oom.json` says where. With `on_oom: retry` the stage goes on at half the micro-batch
-)
+EXIT_OOM = 76  # a GPU is full, `oom.json` says where; `on_oom: retry` goes on at half the micro-batch
 
 
 class UserError(Exception):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import sys
 
-from tasks.choose import HEADROOM
+from tasks.choose import HEADROOM, Choice, Job, choose
+from tasks.hardware import load_hardware, tags
 from tasks.memory import GIB, Setting, host_bytes, predict
 from tasks.model_shape import ModelShape, shape_of
 from tasks.speed import Measured, measured, predict_speed
 
 MOST_OFF = 0.08
+FEWEST_OF_A_SWEEP, SWEPT_SEQ_LEN = 4, 4096
 # bf16 weights and gradients, float32 moments, no master copy: bytes a parameter of the textbook's 84 GB for 7B.
 RULE_OF_THUMB = (2.0, 2.0, 8.0)
 
@@ -96,6 +98,56 @@ def measured_table(runs: tuple[Measured, ...]) -> str:
     return "\n".join(lines)
 
 
+def sweeps(runs: tuple[Measured, ...]) -> dict[tuple[str, str], list[Measured]]:
+    """(tag, model) -> the settings of it that were measured, where there are enough to choose from; the fastest first."""
+    found: dict[tuple[str, str], list[Measured]] = {}
+    for run in runs:
+        for tag in tags():
+            row, setting = load_hardware(tag), run.setting
+            here = (row.backend, row.world_size, row.card) == (setting.backend, setting.world_size, run.card)
+            if here and row.offload == setting.offload and setting.seq_len == SWEPT_SEQ_LEN:
+                found.setdefault((tag, f"{run.shape.parameters / 1e9:.1f}B"), []).append(run)
+    enough = {key: group for key, group in found.items() if len(group) >= FEWEST_OF_A_SWEEP}
+    return {key: sorted(group, key=lambda run: -run.tokens_per_second) for key, group in enough.items()}
+
+
+def chosen(tag: str, group: list[Measured]) -> Choice:
+    """What the plan chooses for a sweep's model and tag."""
+    job = Job(group[0].shape, SWEPT_SEQ_LEN, group[0].rows_per_step)
+    return choose(tag, load_hardware(tag), job)
+
+
+def is_chosen(run: Measured, choice: Choice) -> bool:
+    """Whether a measured run has the chosen settings."""
+    own, other = run.setting, choice.setting
+    assert other is not None
+    return (own.precision, own.recompute, own.microbatch_rows) == (
+        other.precision,
+        other.recompute,
+        other.microbatch_rows,
+    )
+
+
+def sweep_table(runs: tuple[Measured, ...]) -> str:
+    """Every setting of a sweep with what it reached; the chosen one is bold."""
+    lines = ["| tag | model | setting | tokens/s a GPU | of the best | GiB |", "|---" * 6 + "|"]
+    for (tag, model), group in sweeps(runs).items():
+        choice = chosen(tag, group)
+        for run in group:
+            own = run.setting
+            text = f"{own.precision}, {own.recompute}, {own.microbatch_rows} rows"
+            text = f"**{text}** (chosen)" if is_chosen(run, choice) else text
+            share = run.tokens_per_second / group[0].tokens_per_second
+            lines.append(
+                f"| {tag} | {model} | {text} | {run.tokens_per_second:,.0f} | {share:.0%} | {run.peak_gib:.1f} |"
+            )
+        if not any(is_chosen(run, choice) for run in group):
+            lines.append(
+                f"| {tag} | {model} | **{choice.say()}** (chosen, not measured) | | | {choice.gib:.1f} predicted |"
+            )
+    return "\n".join(lines)
+
+
 def worst(runs: tuple[Measured, ...]) -> float:
     """The largest share by which a prediction of memory is off."""
     return max((abs(predict(r.shape, r.setting).total / GIB / r.peak_gib - 1) for r in runs), default=0.0)
@@ -104,7 +156,7 @@ def worst(runs: tuple[Measured, ...]) -> float:
 def main() -> int:
     """Print the tables."""
     runs = measured()
-    print(f"{measured_table(runs)}\n\n{cluster_table()}\n")
+    print(f"{measured_table(runs)}\n\n{sweep_table(runs)}\n\n{cluster_table()}\n")
     for run in runs:
         parts = predict(run.shape, run.setting)
         print(f"{run.name} ({parts.moment}): " + ", ".join(f"{name} {gib:.1f}" for name, gib in parts.as_gib().items()))
