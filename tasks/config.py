@@ -29,6 +29,7 @@ class Model(Section):
     revision: str | None = None
     seq_len: int = Field(gt=1, description="tokens a packed row")
     chat_template: str | None = Field(None, description="Jinja file, for a tokenizer without a template")
+    trust_remote_code: bool | None = Field(None, description="run the code that the model brings (tasks/trust.py)")
 
 
 class HubDataset(Section):

@@ -110,4 +110,4 @@ def _fetch_weights(order: Order, say: Say) -> None:
     model = order.what.get("init") or order.what.get("model") or {}
     if "hub" in model and order.kind != "prepare":
         say(f"{order.stage:<14}fetching {model['hub']} at {model['commit'][:12]}, unless the cache holds it")
-        hub.fetch_model(model["hub"], model["commit"])
+        hub.fetch_model(model["hub"], model["commit"], code=order.how.get("trust_remote_code") is True)

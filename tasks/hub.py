@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 from tasks.errors import UserError
 
 DESCRIPTION = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
+CODE = ["*.py"]  # only for a model whose code may run (tasks/trust.py)
 RepoType = Literal["model", "dataset"]
 WAITS_SECONDS = (0.5, 1.0, 2.0, 4.0)  # between five tries
 Answer = TypeVar("Answer")
@@ -39,14 +40,14 @@ def resolve_commit(repo_id: str, revision: str | None, repo_type: RepoType, wher
         raise _refused(repo_id, revision, repo_type, where, error) from None
 
 
-def fetch_model_description(repo_id: str, commit: str, where: str) -> Path:
+def fetch_model_description(repo_id: str, commit: str, where: str, code: bool = False) -> Path:
     """The folder of the cache with the model's config and tokenizer, fetched if need be."""
-    return _snapshot(repo_id, commit, DESCRIPTION, where)
+    return _snapshot(repo_id, commit, [*DESCRIPTION, *CODE[not code :]], where)
 
 
-def fetch_model(repo_id: str, commit: str, where: str = "") -> Path:
+def fetch_model(repo_id: str, commit: str, where: str = "", code: bool = False) -> Path:
     """The same folder with its weights too; safetensors only."""
-    return _snapshot(repo_id, commit, [*DESCRIPTION, "*.safetensors"], where)
+    return _snapshot(repo_id, commit, [*DESCRIPTION, "*.safetensors", *CODE[not code :]], where)
 
 
 def patiently(ask: Callable[[], Answer]) -> Answer:

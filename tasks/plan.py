@@ -71,7 +71,7 @@ def make_plan(run: Run, config_path: Path, tag: str, hardware: Hardware) -> dict
     with Digests(runs) as digests:
         base = resolve_base_model(run, config_path, digests)
         orders = list(_orders(run, config_path, base, digests, runs))
-    how, shape = {"tag": tag, **place(hardware)}, shape_if_known(Path(base.path))
+    how, shape = {"tag": tag, **place(hardware), **base.how}, shape_if_known(Path(base.path))
     plan: dict[str, Planned] = {}
     for order in orders:
         planned = _judge(replace(order, how=how | order.how), runs)

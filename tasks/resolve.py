@@ -20,6 +20,7 @@ from tasks import hub
 from tasks.config import Evaluate, Run, locate, nearest
 from tasks.errors import UserError
 from tasks.stage import file_sha256, write_text
+from tasks.trust import check_trust
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")  # fmt: skip
@@ -68,6 +69,7 @@ class BaseModelFiles:
     chat_template: dict[str, str] | None
     vocab_size: int
     max_positions: int | None
+    how: dict[str, bool]  # of every stage that loads it: whether its own code may run
 
 
 def resolve_base_model(run: Run, config_path: Path, digests: Digests) -> BaseModelFiles:
@@ -75,7 +77,7 @@ def resolve_base_model(run: Run, config_path: Path, digests: Digests) -> BaseMod
     where = locate(config_path, "model", "path")
     if run.model.hub:
         commit = hub.resolve_commit(run.model.path, run.model.revision, "model", where)
-        folder = hub.fetch_model_description(run.model.path, commit, where)
+        folder = hub.fetch_model_description(run.model.path, commit, where, code=run.model.trust_remote_code is True)
         identity: dict[str, Any] = {"hub": run.model.path, "commit": commit}
         tokenizer = identity
     else:
@@ -85,6 +87,10 @@ def resolve_base_model(run: Run, config_path: Path, digests: Digests) -> BaseMod
         tokenizer = {name: digests.of(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
         configs = {name: digests.of(folder / name) for name in CONFIG_FILES if (folder / name).is_file()}
         identity = {**configs, **{file.name: digests.of(file) for file in weights}, **tokenizer}
+        if run.model.trust_remote_code:
+            code = {str(file.relative_to(folder)): digests.of(file) for file in sorted(folder.rglob("*.py"))}
+            identity, tokenizer = identity | code, tokenizer | code
+    check_trust(folder, run.model.trust_remote_code, where)
     vocab_size, max_positions = _sizes(folder / "config.json")
     if max_positions and run.model.seq_len > max_positions:
         raise UserError(
@@ -94,7 +100,8 @@ def resolve_base_model(run: Run, config_path: Path, digests: Digests) -> BaseMod
             todo="lower model.seq_len, or choose a base with a longer context",
         )
     template = _chat_template(run, config_path, digests)
-    return BaseModelFiles(str(folder), identity, tokenizer, template, vocab_size, max_positions)
+    how = {"trust_remote_code": True} if run.model.trust_remote_code else {}
+    return BaseModelFiles(str(folder), identity, tokenizer, template, vocab_size, max_positions, how)
 
 
 def resolve_sources(run: Run, config_path: Path, names: list[str], digests: Digests) -> dict[str, Any]:

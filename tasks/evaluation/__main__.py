@@ -17,6 +17,7 @@ from tasks.evaluation.heartbeat import heartbeat
 from tasks.evaluation.results import OUTPUTS
 from tasks.progress import say
 from tasks.stage import ERROR, Order, finish, is_done, leave_error, read_order, stage_lock
+from tasks.trust import declare
 
 
 def main(directories: list[Path]) -> int:
@@ -48,6 +49,7 @@ def evaluate_stage(directory: Path, cache: str) -> None:
             return
         (directory / ERROR).unlink(missing_ok=True)
         set_environment(order, cache)
+        declare(order)
         compute(order, directory)
 
 

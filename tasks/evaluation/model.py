@@ -19,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from tasks.errors import UserError
 from tasks.progress import Progress
 from tasks.threads import choose_threads
+from tasks.trust import trusted
 
 # On a CPU core larger batches leave the caches: 120 answers of a 1.5M model took 6.2 CPU-s at 16 rows, 7.8 at 64 and
 # 10.5 at 128.
@@ -32,7 +33,8 @@ def load_model(folder: str, stage: str, device: str, threads: int | None) -> Wat
     """The model of a local folder in float32. Only safetensors are read."""
     try:
         # use_safetensors reaches from_pretrained: pickled weights are refused
-        model = WatchedLM(stage, pretrained=folder, device=device, dtype="float32", use_safetensors=True)
+        model = WatchedLM(stage, pretrained=folder, device=device, dtype="float32", use_safetensors=True,
+                          trust_remote_code=trusted())  # fmt: skip
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"the model does not load: {str(error).splitlines()[0]}",

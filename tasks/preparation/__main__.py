@@ -30,6 +30,7 @@ from tasks.preparation.sources import SourcePlan, check_files, check_unchanged, 
 from tasks.preparation.tokenizer import copy_tokenizer, end_of_turn, load_backend, settle
 from tasks.progress import Progress, say
 from tasks.stage import ERROR, Order, finish, is_done, leave_error, read_order, stage_lock, write_json
+from tasks.trust import declare
 
 OUTPUTS = ("rows.arrow", "ledger.json", "mix.json", "examples.json", "tokenizer")
 
@@ -67,6 +68,7 @@ def with_work(directory: Path, order: Order, began: float) -> None:
 def prepare(order: Order, work: Path) -> dict[str, Any]:
     """Make all outputs in `work`; returns the artifact's counts."""
     what = order.what
+    declare(order)
     plans = plan_sources(what)
     check_files(plans)
     check_unchanged(what, work.parent.parent)

@@ -24,6 +24,7 @@ from tokenizers import AddedToken, Tokenizer
 from tasks.errors import UserError
 from tasks.progress import say
 from tasks.stage import write_json, write_text
+from tasks.trust import trusted
 
 GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer", None)
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -62,7 +63,7 @@ def copy_tokenizer(model: str, folder: Path) -> None:
 
     path, _, revision = (model, "", "") if source.is_dir() else model.partition("@")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or None)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or None, trust_remote_code=trusted())
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(f"no tokenizer can be loaded: {first_line}", where=model,

@@ -31,6 +31,7 @@ def training_table(run: RunRecord) -> Table:
         ("resumed at step", lambda s: listed(s.counts.get("resumed_from") or ["never"])),
         ("precision", lambda s: str(s.counts.get("precision") or s.order.how.get("precision", ""))),
         ("attention", lambda s: str(s.counts.get("attention", ""))),
+        ("code", lambda s: "the model's own (trust_remote_code)" if s.order.how.get("trust_remote_code") else ""),
         ("processes", lambda s: f"{s.order.how.get('processes', 1)}, {wrapper_text(s.counts.get('wrapper'))}"),
     ]
     rows = [[name, *(read(stage) for stage in run.trained)] for name, read in facts]

@@ -21,6 +21,7 @@ from tasks.progress import say
 from tasks.stage import ERROR, PREEMPTED, finish, is_done, leave_error, read_order, stage_lock, sweep, write_text
 from tasks.training import checkpoint
 from tasks.training.preemption import Preempted, listen
+from tasks.trust import declare
 
 # transformers and TRL import these where they find them, for functions that we do not call: 2 of 7.7 s of start-up.
 UNUSED = ("sklearn", "scipy", "peft")
@@ -60,6 +61,7 @@ def main(directory: Path) -> int:
 def _work(directory: Path) -> int:
     started_at = time.monotonic()
     order = read_order(directory)
+    declare(order)
     if is_done(directory):
         _clear(directory)
         return 0

@@ -25,6 +25,7 @@ from tasks.training.attention import choose_attention
 from tasks.training.linear_loss import can_fuse, fuse_loss
 from tasks.training.precision import Precision
 from tasks.training.recompute import wrap_layers
+from tasks.trust import trusted
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -46,16 +47,26 @@ def check_init(folder: Path, seq_len: int, directory: Path, keep_last: int, prec
         what = f"holds pickled weights only ({', '.join(pickled)})" if pickled else "holds no weights"
         raise UserError(f"{folder} {what}", allowed="*.safetensors",
                         todo="convert them where you trust the file: load it and `save_pretrained`")  # fmt: skip
-    positions = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+    positions = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
     if positions is not None and seq_len > positions:
         raise UserError(f"seq_len is {seq_len}, but the model has {positions} positions", where="model.seq_len",
                         allowed=f"up to {positions}", todo="lower model.seq_len")  # fmt: skip
     check_disk(directory, sum(tensor_sizes(folder).values()), precision, keep_last)
 
 
+def read_config(folder: Path) -> Any:
+    """The model's config. Raises `UserError` for one that only the model's own code, which may not run, understands."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trusted())
+    except ValueError as error:
+        raise UserError(f"the model's config does not load: {str(error).strip().splitlines()[0]}",
+                        where=str(folder / "config.json"), allowed="an architecture that transformers knows",
+                        todo="model.trust_remote_code: true runs the code that it brings") from error  # fmt: skip
+
+
 def load_tokenizer(folder: Path, init: Path, added_tokens: list[str]) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """The run's tokenizer, and those of its added tokens that the model to start from has not seen."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted())
     num_rows = _embedding_rows(init)
     highest = max(tokenizer.get_vocab().values())
     added_ids = {tokenizer.get_vocab()[token] for token in added_tokens}
@@ -71,16 +82,21 @@ def load_tokenizer(folder: Path, init: Path, added_tokens: list[str]) -> tuple[P
     if not added_tokens:
         return tokenizer, []
     has_tokenizer = any((init / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    seen = AutoTokenizer.from_pretrained(init).get_vocab() if has_tokenizer else {}
+    seen = AutoTokenizer.from_pretrained(init, trust_remote_code=trusted()).get_vocab() if has_tokenizer else {}
     return tokenizer, [token for token in added_tokens if token not in seen]
 
 
 def load_model(folder: Path, precision: Precision, seq_len: int) -> PreTrainedModel:
     """The model in the policy's dtype; said explicitly, or a bf16 copy would cut a float32 hand-over short."""
     transformers_logging.disable_progress_bar()
-    implementation = choose_attention(AutoConfig.from_pretrained(folder), seq_len)
+    implementation = choose_attention(read_config(folder), seq_len)
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=precision.weights, attn_implementation=implementation, use_safetensors=True, local_files_only=True
+        folder,
+        dtype=precision.weights,
+        attn_implementation=implementation,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=trusted(),
     )
 
 
