@@ -45,6 +45,7 @@ test-operations: $(OPERATIONS) ## a real server, worker, schedule and browser; s
 	@$(RUN) -m pytest -m "operations" tests/operations
 
 test-faults: $(STAMP) ## signals, full disks and damage at random moments (STEEP_FAULT_SEED=... replays); prints the table
+	@rm -f tests/faults/faults.json
 	@STEEP_FAULT_TABLE=$(CURDIR)/tests/faults/faults.json $(RUN) -m pytest -m faults tests/faults; \
 	  code=$$?; $(RUN) -m tests.faults.table tests/faults/faults.json; exit $$code
 

@@ -39,12 +39,9 @@ def moment(request: pytest.FixtureRequest) -> Iterator[random.Random]:
 
 
 @pytest.fixture(scope="session")
-def table() -> Iterator[Table]:
-    """What was tried, survived and lost; written at the end of the session where STEEP_FAULT_TABLE says."""
-    made = Table(SEED)
-    yield made
-    if path := os.environ.get("STEEP_FAULT_TABLE"):
-        made.write(Path(path))
+def table() -> Table:
+    """What was tried, survived and lost; written after every case where STEEP_FAULT_TABLE says."""
+    return Table(SEED)
 
 
 def make_world(folder: Path, tiny_base: Path) -> World:
@@ -75,3 +72,5 @@ def nothing_runs(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "world" in request.fixturenames:
         request.getfixturevalue("world").end_all()
+    if "table" in request.fixturenames and (path := os.environ.get("STEEP_FAULT_TABLE")):
+        request.getfixturevalue("table").write(Path(path))

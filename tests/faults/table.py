@@ -15,6 +15,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from tasks.provenance import git_commit
+
 
 @dataclass
 class Fault:
@@ -22,6 +24,8 @@ class Fault:
 
     kind: str  # the table's line: SIGKILL of the trainer
     where: str  # the phase
+    case: str  # the test
+    seed: int
     seconds_lost: float | None = None
     survived: bool = False
 
@@ -35,14 +39,17 @@ class Table:
 
     def tried(self, kind: str, where: str) -> Fault:
         """Note a case that begins."""
-        self.faults.append(Fault(kind, where))
+        case = os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].split(" ")[0]
+        self.faults.append(Fault(kind, where, case, self.seed))
         return self.faults[-1]
 
     def write(self, path: Path) -> None:
-        """As JSON, with the machine."""
-        machine = {"cores": os.cpu_count(), "system": platform.platform(), "load": os.getloadavg()[1]}
-        said = {"seed": self.seed, "date": time.strftime("%Y-%m-%d"), "machine": machine,
-                "faults": [asdict(fault) for fault in self.faults]}  # fmt: skip
+        """As JSON, with the machine and its load; cases of earlier sessions stay until they are run again."""
+        earlier = json.loads(path.read_text())["faults"] if path.is_file() else []
+        ours = {fault.case for fault in self.faults}
+        faults = [fault for fault in earlier if fault["case"] not in ours] + [asdict(fault) for fault in self.faults]
+        machine = {"cores": os.cpu_count(), "system": platform.platform(), "load": round(os.getloadavg()[1], 1)}
+        said = {"date": time.strftime("%Y-%m-%d"), "commit": git_commit(), "machine": machine, "faults": faults}
         path.write_text(json.dumps(said, indent=1) + "\n")
 
 
@@ -66,4 +73,4 @@ def render(said: dict) -> str:  # type: ignore[type-arg]
 if __name__ == "__main__":
     content = json.loads(Path(sys.argv[1]).read_text())
     print(render(content))
-    print(f"\nseed {content['seed']}, {content['date']}, {content['machine']}")
+    print(f"\n{content['date']}, commit {content['commit']}, {content['machine']}")

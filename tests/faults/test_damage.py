@@ -132,6 +132,15 @@ def fill(world: World, group: str) -> int:
     return used(world.runs)
 
 
+def bytes_needed(world: World, group: str) -> int:
+    """What a group leaves on the disk; measured once."""
+    if group not in world.bytes_needed:
+        before = fill(world, group)
+        assert world.finish(world.drive(group)) == 0, world.said()
+        world.bytes_needed[group] = used(world.runs) - before
+    return world.bytes_needed[group]
+
+
 def used(path: Path) -> int:
     usage = shutil.disk_usage(path)
     return usage.total - usage.free
@@ -147,9 +156,7 @@ def test_the_disk_is_full(
 ) -> None:
     """So many bytes are left when the stage begins; every write may be the one that does not fit."""
     fault = table.tried("disk full", group)
-    before = fill(world, group)
-    assert world.finish(world.drive(group)) == 0, world.said()
-    needs = used(disk) - before
+    needs = bytes_needed(world, group)
     share = (number + moment.random()) / sum(one == group for one, _ in SWEEP)  # the sweep covers all of it
     fill(world, group)
     left = int(needs * share * 0.97)

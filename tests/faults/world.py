@@ -39,6 +39,7 @@ class World:
     project: Path
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     seconds: dict[tuple[str, str], float] = field(default_factory=dict)  # (tag, group) -> undisturbed
+    bytes_needed: dict[str, int] = field(default_factory=dict)  # group -> what it leaves on the disk
 
     @property
     def config(self) -> Path:
@@ -75,9 +76,10 @@ class World:
         """A command in a session of its own, as a shell would start it; its output in `said.txt`."""
         (self.project / "tmp").mkdir(exist_ok=True)
         with (self.project / "said.txt").open("wb") as said:
-            return subprocess.Popen(
+            return subprocess.Popen(  # no threads here
                 [sys.executable, *command], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
                 start_new_session=True, env=self.environment(**environment),
+                preexec_fn=listen_to_interrupts,  # noqa: PLW1509  # we have no threads
             )  # fmt: skip
 
     def drive(self, group: str, tag: str = "cpu", **environment: str) -> subprocess.Popen[bytes]:
@@ -189,6 +191,11 @@ class World:
                     assert same, f"{file.relative_to(reference)} of {planned.stage} differs from the undisturbed run's"
         stray = [path.name for path in self.runs.iterdir() if path.name.startswith(".") and path.name != ".locks"]
         assert set(stray) <= {".digests.json"}, stray
+
+
+def listen_to_interrupts() -> None:
+    """A session in the background ignores SIGINT, and so would all its children: nothing would be tested."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], seconds: float = 120.0) -> bool:
