@@ -62,7 +62,7 @@ def probe(directory: Path) -> UserError | None:
 
 def full(directory: Path) -> UserError:
     """The disk is full."""
-    free = shutil.disk_usage(_existing(directory)).free
+    free = free_bytes(directory)
     return UserError(
         f"the disk is full: a write below {directory} was refused, {free / 1e6:,.1f} MB are free",
         where=str(directory),
@@ -84,7 +84,8 @@ def _is_below(name: object, directory: Path) -> bool:
     return isinstance(name, str | os.PathLike) and runs in (path := Path(name).resolve(), *path.parents)
 
 
-def _existing(path: Path) -> Path:
+def free_bytes(path: Path) -> int:
+    """Free disk at a path that may not exist yet."""
     while not path.exists():
         path = path.parent
-    return path
+    return shutil.disk_usage(path).free

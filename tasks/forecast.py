@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tasks.cards import matrix_flops
+from tasks.disk import free_bytes
 from tasks.errors import UserError
 from tasks.hardware import Hardware
 from tasks.machine import missing_here
 from tasks.plan import Planned
 from tasks.room import check_disk, stage_bytes
 from tasks.speed import MEAN_CONTEXT
-from tasks.stage import ARTIFACT, free_bytes, read_artifact
+from tasks.stage import ARTIFACT, read_artifact
 
 INDENT = " " * 7
 

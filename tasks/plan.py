@@ -10,7 +10,6 @@ Imports neither Prefect nor torch: `make plan` answers at once.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from tasks.hardware import place
 from tasks.model_shape import ModelShape, shape_if_known
 from tasks.reasons import differences
 from tasks.resolve import BaseModelFiles, Digests, resolve_base_model, resolve_sources, resolve_task_files
-from tasks.stage import ARTIFACT, ORDER, VERSIONS, Order, canonical_json, damage, read_artifact, read_order
+from tasks.stage import ARTIFACT, ORDER, VERSIONS, Order, canonical_json, damage, read_artifact, read_json, read_order
 
 GROUPS = ("prepare", "cpt", "sft", "evaluate", "report")  # what --only, --until and --force name
 # What of a stage the next one computes from; logs, metrics and timings may differ between equal runs.
@@ -117,11 +116,10 @@ def render(plan: dict[str, Planned]) -> str:
 
 def output_digest(directory: Path) -> str:
     """Digest of what the next stage computes from, as the artifact recorded it; empty while it is not finished."""
-    if not (directory / ARTIFACT).is_file():
+    if not (artifact := read_json(directory / ARTIFACT)):
         return ""
     primary = PRIMARY_OUTPUT[read_order(directory).kind]
-    outputs = read_artifact(directory)["outputs"]
-    said = {name: described["sha256"] for name, described in outputs.items() if name.startswith(primary)}
+    said = {name: of["sha256"] for name, of in artifact["outputs"].items() if name.startswith(primary)}
     return hashlib.sha256(canonical_json(said).encode()).hexdigest()
 
 
@@ -244,7 +242,6 @@ def _newest_order(order: Order, runs: Path) -> dict[str, Any] | None:
     """The newest finished order of the same stage and run; without one, of the same stage."""
     found = []
     for path in runs.glob(f"{order.stage}-*/{ORDER}"):
-        raw = json.loads(path.read_text())
-        if path.with_name(ARTIFACT).is_file():
+        if (raw := read_json(path)) and path.with_name(ARTIFACT).is_file():
             found.append((raw["run"] == order.run, path.with_name(ARTIFACT).stat().st_mtime_ns, raw))
     return max(found, key=lambda item: item[:2])[2] if found else None

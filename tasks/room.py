@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tasks.disk import free_bytes
 from tasks.errors import UserError
 from tasks.memory import STATE_BYTES
-from tasks.stage import free_bytes
 
 EXPORT_BYTES_A_PARAMETER = 4  # always float32
 

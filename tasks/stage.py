@@ -98,6 +98,8 @@ def read_order(directory: Path) -> Order:
         raw = json.loads((directory / ORDER).read_text())
     except FileNotFoundError:
         raise UserError(f"{directory} is no stage's directory: it holds no {ORDER}") from None
+    except ValueError:
+        raise UserError(f"{directory / ORDER} is unreadable", todo=f"move {directory} aside and run again") from None
     return Order(**{name: raw[name] for name in ("stage", "kind", "run", "what", "how", "inputs")})
 
 
@@ -154,12 +156,22 @@ def is_done(directory: Path) -> bool:
     return (directory / ARTIFACT).is_file() and not damage(directory)
 
 
+def read_json(path: Path) -> Any:
+    """A JSON file's content; None when it is gone, or is none (a disk that rots spares nothing)."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def damage(directory: Path) -> str:
     """Empty when every output is as its artifact says; else the first file that is not.
 
     A file whose size and time of change are as recorded is taken as unchanged; any other is digested again.
     """
-    for name, said in read_artifact(directory)["outputs"].items():
+    if not (artifact := read_json(directory / ARTIFACT)):
+        return f"{ARTIFACT} is unreadable"
+    for name, said in artifact["outputs"].items():
         file = directory / name
         if not file.is_file():
             return f"{name} is missing"
@@ -235,10 +247,3 @@ def _acquire(descriptor: int, directory: Path, on_wait: Callable[[str], None], w
         raise UserError(f"{directory.name} is being computed by {holder}", todo="wait for it, or stop it")
     on_wait(holder)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-
-
-def free_bytes(path: Path) -> int:
-    """Free disk at a path that may not exist yet."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import UserError
+from tasks.plan import output_digest, why_not_reused
 from tasks.stage import Order, damage, finish, is_done, read_artifact, read_order, set_aside, stage_lock, write_order
 from tests.conftest import ROOT
 
@@ -111,3 +112,24 @@ def test_who_waits_is_told_whom_for(tmp_path: Path) -> None:
         with stage_lock(directory, told.append):
             assert holder.poll() is not None or holder.wait(5) == 0
         assert told and f"process {holder.pid}" in told[0]
+
+
+@pytest.mark.parametrize("file", ["artifact.json", "order.json"])
+def test_a_rotten_record_is_told_without_a_traceback(tmp_path: Path, file: str) -> None:
+    directory = finished(tmp_path)
+    assert is_done(directory)
+    (directory / file).write_bytes((directory / file).read_bytes()[:40])
+    if file == "artifact.json":
+        assert not is_done(directory)
+        assert why_not_reused(directory) == ["artifact.json is unreadable"] and output_digest(directory) == ""
+    else:
+        with pytest.raises(UserError, match=r"order.json is unreadable"):
+            read_order(directory)
+
+
+def test_what_a_killed_run_was_writing_goes_when_the_stage_is_finished(tmp_path: Path) -> None:
+    directory = write_order(ORDER, tmp_path)
+    (directory / ".artifact.json.4711").write_text("{")
+    (directory / ".samples.4711").mkdir()
+    assert finished(tmp_path) == directory
+    assert {path.name for path in directory.iterdir()} == {"order.json", "artifact.json", "model"}

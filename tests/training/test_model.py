@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tasks.disk import free_bytes
 from tasks.errors import UserError
-from tasks.stage import free_bytes, read_order
+from tasks.stage import read_order
 from tasks.training.model import add_token_rows, check_init, load_model, load_tokenizer, resolve_init, tensor_shapes
 from tasks.training.precision import precision_policy
 from tests.training.conftest import SEQ_LEN, VOCAB_SIZE, make_model, make_stage, make_tokenizer
