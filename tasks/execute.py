@@ -11,15 +11,16 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tasks import hub
 from tasks.disk import writes_told
 from tasks.errors import UserError
 from tasks.gpus import booked
 from tasks.launch import run_worker
-from tasks.oom import OutOfMemory, describe, next_rows, refusal, say_rows
+from tasks.oom import OutOfMemory, describe, next_rows, refusal, say_rows, with_rows
 from tasks.plan import Planned, output_digest, upstream, why_not_reused
-from tasks.stage import ARTIFACT, Order, read_order, set_aside, stage_lock, write_order
+from tasks.stage import ARTIFACT, ORDER, Order, read_order, set_aside, stage_lock, write_order
 
 Say = Callable[[str], None]
 
@@ -57,7 +58,7 @@ def _run_until_it_fits(
             if rows is None:
                 raise refusal(order.stage, full.record, order.how) from None
             tried = [*order.how.get("out_of_memory", []), full.record]
-            order = replace(order, how=order.how | {"microbatch_rows": rows, "out_of_memory": tried})
+            order = replace(order, how=order.how | with_rows(todo[0].choice, rows) | {"out_of_memory": tried})
             write_order(order, directories[0].parent)
             happened = describe(order.stage, full.record)
             say(f"{order.stage:<14}{happened}; it goes on from its last checkpoint with {say_rows(rows)}")
@@ -103,7 +104,20 @@ def _order(planned: Planned, say: Say) -> Path:
     if planned.unfit:
         raise planned.unfit
     _fetch_weights(planned.order, say)
-    return write_order(replace(planned.order, how={**planned.order.how, "input_digests": digests}), runs)
+    how = {**planned.order.how, **_learned(planned), "input_digests": digests}
+    return write_order(replace(planned.order, how=how), runs)
+
+
+def _learned(planned: Planned) -> dict[str, Any]:
+    """The smaller micro-batch that an earlier try on this tag came down to: a stage that is resumed starts with it."""
+    now = planned.order.how
+    if now.get("on_oom") != "retry" or not (planned.directory / ORDER).is_file():
+        return {}
+    before = read_order(planned.directory).how
+    rows = before.get("microbatch_rows", 0)
+    if before.get("tag") != now.get("tag") or not before.get("out_of_memory") or rows >= now["microbatch_rows"]:
+        return {}
+    return with_rows(planned.choice, rows) | {"out_of_memory": before["out_of_memory"]}
 
 
 def _fetch_weights(order: Order, say: Say) -> None:

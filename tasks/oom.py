@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tasks.choose import Choice, predicted
 from tasks.errors import UserError
 from tasks.stage import OOM
 
@@ -38,6 +39,13 @@ def next_rows(how: dict[str, Any]) -> int | None:
     """The micro-batch to try after one that did not fit; None when there is none, or nobody asked for it."""
     rows = int(how.get("microbatch_rows", 1))
     return rows // 2 if how.get("on_oom") == "retry" and rows > 1 else None
+
+
+def with_rows(choice: Choice | None, rows: int) -> dict[str, Any]:
+    """What the order says of another micro-batch, its prediction too."""
+    if choice is None or choice.job is None or choice.parts is None:
+        return {"microbatch_rows": rows}
+    return predicted(choice.hardware.model_copy(update={"microbatch_rows": rows}), choice.job).how
 
 
 def describe(stage: str, record: dict[str, Any]) -> str:

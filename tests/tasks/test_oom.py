@@ -40,6 +40,19 @@ def test_retrying_halves_the_micro_batch_until_it_fits(tmp_path: Path) -> None:
     assert compute([stage], WORKER, said.append) is True  # planned with 8 rows again, and reused
 
 
+def test_a_resumed_stage_starts_with_what_it_came_down_to(tmp_path: Path) -> None:
+    stage = planned(tmp_path, 2, microbatch_rows=8, on_oom="retry")
+    compute([stage], WORKER, print)
+    (stage.directory / "artifact.json").unlink()
+    said: list[str] = []
+    compute([stage], WORKER, said.append)
+    assert not [line for line in said if "ran out" in line]
+    assert read_artifact(stage.directory)["how"]["microbatch_rows"] == 2
+    (stage.directory / "artifact.json").unlink()
+    compute([planned(tmp_path, 2, microbatch_rows=8, on_oom="retry", tag="larger box")], WORKER, said.append)
+    assert "with 8 rows a micro-batch" in "".join(said)  # another machine is asked anew
+
+
 def test_one_row_that_does_not_fit_is_the_end(tmp_path: Path) -> None:
     stage = planned(tmp_path, 0, microbatch_rows=3, on_oom="retry", backend="fsdp", device="cuda", recompute="none",
                     precision="fp32-master", offload="none")  # fmt: skip
