@@ -41,14 +41,14 @@ class Weights(torch.nn.Module):
 
 def start(rank: int, world_size: int, meeting: Path) -> Any:
     """Model, optimizer and schedule, sharded over several processes."""
-    from tasks.training.adam8bit import ShardedAdamW8bit
+    from tasks.training.stochastic import StochasticAdamW8bit
 
     torch.compiler.set_stance("force_eager")
     model = Weights()
     if world_size > 1:
         dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=world_size)
         fully_shard(model)
-    optimizer = ShardedAdamW8bit(model.parameters(), lr=RATE, bf16_stochastic_round=True)
+    optimizer = StochasticAdamW8bit(model.parameters(), lr=RATE)
     return model, optimizer, LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
 
