@@ -1,23 +1,29 @@
 """Types of the flows' parameters: what Prefect's form offers, and our own message for what it should not have got.
 
-The JSON schema goes into a deployment, so the form shows a list of hardware tags and the server refuses a value outside
-it. The validators run when a run starts, wherever it was started: they read the files that the values name.
+The JSON schema goes into a deployment: the form shows lists of tags and stages, and the server refuses a value outside
+them, naming them. Whatever slips through (a form with its validation off, a script) meets the validators when the run
+starts: it fails at once, with our message as its state's. They also read the files that the values name.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import AfterValidator, Field
 
 from tasks.config import HARDWARE_FILE, load_config, load_hardware
+from tasks.errors import UserError
+from tasks.plan import GROUPS
+from tasks.yaml_file import nearest
 from tasks.hardware import AUTO
 
 DEFAULT_CONFIG = "configs/regulator.yaml"
-# Below the project's root, and a YAML file. The server checks it; the command line takes any path.
-CONFIG_PATTERN = r"^(?!/)(?!.*\.\.)[A-Za-z0-9_./-]+\.ya?ml$"
+# Below the project's root, and a YAML file. The server checks it; the command line takes any path. The server answers
+# that the value "does not match" this text, so the text says in words what is allowed: `(?!)` matches nothing.
+CONFIG_WORDS = "a YAML file below the project, as configs/regulator.yaml"
+CONFIG_PATTERN = rf"(?!){CONFIG_WORDS}|^(?!/)(?!.*\.\.)[A-Za-z0-9_./-]+\.ya?ml$"
 
 
 def hardware_tags() -> list[str]:
@@ -39,6 +45,17 @@ def _check_hardware(tag: str) -> str:
     return tag
 
 
+def _check_stage(stage: str) -> str:
+    if stage not in GROUPS:
+        raise UserError(f"no stage is called '{stage}'{nearest(stage, GROUPS)}", allowed=", ".join(GROUPS),
+                        todo="choose one of them, or none")  # fmt: skip
+    return stage
+
+
+def _one_of(values: list[str]) -> Any:
+    return Field(json_schema_extra={"enum": list(values)})
+
+
 _CONFIGS = sorted(str(path) for path in Path("configs").glob("*.yaml") if path != HARDWARE_FILE)
 
 Config = Annotated[
@@ -46,6 +63,6 @@ Config = Annotated[
     AfterValidator(_check_config),
     Field(json_schema_extra={"pattern": CONFIG_PATTERN, "examples": list(_CONFIGS)}),
 ]
-Hardware = Annotated[str, AfterValidator(_check_hardware), Field(json_schema_extra={"enum": list(hardware_tags())})]
+Hardware = Annotated[str, AfterValidator(_check_hardware), _one_of(hardware_tags())]
 HardwareOrDefault = Hardware | None
-Stage = Literal["prepare", "cpt", "sft", "evaluate", "report"]
+Stage = Annotated[str, AfterValidator(_check_stage), _one_of([*GROUPS])]

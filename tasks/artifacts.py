@@ -172,7 +172,8 @@ def _training_text(planned: Planned) -> str:
     facts = "\n".join(f"| {name} | {value} |" for name, value in tables.training_facts(directory))
     return (
         f"## {planned.stage}: loss over steps\n\n![loss over steps](data:image/svg+xml;base64,{picture})\n\n"
-        f"| | |\n|---|---|\n{facts}\n\nModel: {_link(directory / 'model')}\n\nLog: {_link(directory / 'worker.log')}\n"
+        f"| what | value |\n|---|---|\n{facts}\n\n"
+        f"Model: {_link(directory / 'model')}\n\nLog: {_link(directory / 'worker.log')}\n"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 260, 64, 36, 14
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 270, 64, 36, 26
 MAX_POINTS = 600  # more would not be seen
 INK, LINE = "#8a93a3", "#2f7ed8"  # read on white and on black
 
@@ -31,6 +31,6 @@ def line_svg(xs: Sequence[float], ys: Sequence[float], name: str) -> str:
         f'<text x="{LEFT - 6}" y="{floor}" text-anchor="end">{low:.4g}</text>'
         f'<text x="{LEFT}" y="{HEIGHT - 14}">step {first:,.0f}</text>'
         f'<text x="{WIDTH - 16}" y="{HEIGHT - 14}" text-anchor="end">{last:,.0f}</text>'
-        f'<text x="{LEFT + 8}" y="{TOP + 8}">{name}</text>'
+        f'<text x="{LEFT}" y="{TOP - 10}">{name}</text>'
         f'<polyline points="{points}" fill="none" stroke="{LINE}" stroke-width="2"/></svg>'
     )

@@ -74,8 +74,8 @@ def test_a_new_file_runs_what_depends_on_it_and_nothing_else(served: Served, fir
 
 WRONG = {
     "hardware": ("cpux", "'cpux' is not one of ['cpu', 'cpu-x2'"),
-    "config": ("../secrets.yaml", "config"),
-    "only": ("train", "'train' is not"),
+    "config": ("../secrets.yaml", "a YAML file below the project, as configs/regulator.yaml"),
+    "only": ("train", "'train' is not one of ['prepare', 'cpt', 'sft', 'evaluate', 'report']"),
 }
 
 
@@ -85,6 +85,26 @@ def test_the_server_refuses_a_wrong_parameter(served: Served, name: str) -> None
     with pytest.raises(AssertionError, match=r"409|422") as refused:
         served.start_run(**{name: value})
     assert said in str(refused.value)
+
+
+SLIPS = {
+    "hardware": ("cpux", "did you mean 'cpu'"),
+    "config": ("configs/gone.yaml", "configs/gone.yaml"),
+    "only": ("trian", "no stage is called 'trian'"),
+}
+
+
+def test_what_slips_through_fails_at_once_with_our_message(served: Served) -> None:
+    """As from a form whose box "Validate parameters" is not ticked."""
+    deployment = served.api("/deployments/name/pipeline/cpu")["id"]
+    runs = {}
+    for name, (value, _) in SLIPS.items():
+        asked = {"parameters": {name: value}, "enforce_parameter_schema": False}
+        runs[name] = served.api(f"/deployments/{deployment}/create_flow_run", asked)["id"]
+    for name, (_, said) in SLIPS.items():
+        run = served.wait_for_run(runs[name])
+        assert run["state_name"] == "Failed" and said in run["state"]["message"], run["state"]
+        assert "error:" in run["state"]["message"] and "pydantic" not in run["state"]["message"]
 
 
 def test_a_config_that_is_wrong_inside_fails_with_our_message(served: Served) -> None:
