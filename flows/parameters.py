@@ -15,9 +15,9 @@ from pydantic import AfterValidator, Field
 
 from tasks.config import HARDWARE_FILE, load_config, load_hardware
 from tasks.errors import UserError
+from tasks.hardware import AUTO
 from tasks.plan import GROUPS
 from tasks.yaml_file import nearest
-from tasks.hardware import AUTO
 
 DEFAULT_CONFIG = "configs/regulator.yaml"
 # Below the project's root, and a YAML file. The server checks it; the command line takes any path. The server answers
