@@ -33,7 +33,7 @@ deploy: $(STAMP) ## register the deployments with the server at PREFECT_API_URL
 	@$(RUN) -m flows.deploy
 
 audit: $(OPERATIONS) ## known weaknesses of the pinned dependencies, where pip-audit can ask for them
-	@$(RUN) -m pip_audit --requirement constraints.txt --disable-pip --no-deps
+	@$(RUN) -m tests.audit constraints.txt
 
 test: $(STAMP) ## every test but the slow ones
 	@$(RUN) -m pytest -m "not slow and not gpu and not operations and not faults"
@@ -42,7 +42,8 @@ test-slow: $(STAMP) ## the slow ones
 	@$(RUN) -m pytest -m "slow and not gpu and not operations and not faults"
 
 test-operations: $(OPERATIONS) ## a real server, worker, schedule and browser; screenshots in .screenshots/
-	@$(RUN) -m pytest -m "operations" tests/operations
+	@tests/operations/install.sh
+	@$(RUN) -m pytest -m "operations" -rs tests/operations
 
 test-faults: $(STAMP) ## signals, full disks and damage at random moments (STEEP_FAULT_SEED=... replays); prints the table
 	@rm -f tests/faults/faults.json
