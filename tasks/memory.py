@@ -88,18 +88,16 @@ def moments(shape: ModelShape, setting: Setting) -> list[Parts]:
     weights, gradients, optimizer = _states(shape, setting)
     held = gradients if setting.accumulation > 1 else 0.0  # the first micro-batch's gradients stand during the second
     kept, layer, ends = _kept(shape, setting), _kept_by_a_layer(shape, setting), _ends(shape, setting)
-    temporary, layer_work = _layer_gradients(shape, setting), _layer_workspace(shape, setting)
-    loss = _loss(shape, setting)
-    head_gradient = _head_gradient(shape, setting)
-    recomputed = 0.0 if setting.recompute == "none" else layer - kept / shape.num_layers
-    root = _root_workspace(shape, setting)
+    recomputed = 0.0 if setting.recompute == "none" else max(0.0, layer - kept / shape.num_layers)
+    temporary, copies, root = _layer_gradients(shape, setting), _copies(shape, setting), _root(shape, setting)
+    work, head = copies + _gathered(shape, setting) + root, _head_gradient(shape, setting)
     return [
-        Parts(weights, held, optimizer, kept + ends, loss, layer_work + root, "loss"),
-        Parts(weights, held, optimizer, kept + ends + recomputed + temporary, head_gradient, layer_work + root,
-              "backward, first layer"),
-        Parts(weights, gradients, optimizer, layer + temporary, 0.0, layer_work + root, "backward, last layer"),
+        Parts(weights, held, optimizer, kept + ends, _loss(shape, setting), copies + root, "loss"),
+        Parts(weights, held, optimizer, kept + ends + recomputed + temporary, head, work, "backward, first layer"),
+        Parts(weights, gradients, optimizer, layer + temporary, 0.0, work, "backward, last layer"),
+        Parts(weights, gradients, optimizer, 0.0, 0.0, root + _root_gradients(shape, setting), "embedding's gradient"),
         Parts(weights, gradients, optimizer, 0.0, 0.0, 0.0, "optimizer step"),
-    ]  # fmt: skip
+    ]
 
 
 # --- what does not depend on the tokens ------------------------------------------------------------------------------
@@ -129,23 +127,30 @@ def _autocasts(setting: Setting) -> bool:
     return setting.precision == "fp32-master" and not _is_sharded(setting)
 
 
-def _layer_workspace(shape: ModelShape, setting: Setting) -> float:
-    """Copies of layers in work: gathered ones in the products' dtype and their gradients on the way to the shards."""
+def _copies(shape: ModelShape, setting: Setting) -> float:
+    """Under autocast the bf16 copies of float32 weights that the backward pass needs."""
+    if not _autocasts(setting):
+        return 0.0
+    layers = shape.num_layers if setting.recompute == "none" else 1
+    return COEFFICIENTS["autocast_copies"] * 2.0 * shape.layer_parameters * layers
+
+
+def _gathered(shape: ModelShape, setting: Setting) -> float:
+    """Under FSDP2 the layers in work, whole: their weights, the gradients of one and the float32 it is reduced in."""
+    if not _is_sharded(setting):
+        return 0.0
     width = _product_bytes(setting)
-    if _is_sharded(setting):
-        gathered = COEFFICIENTS["gathered_layers"] * width * shape.layer_parameters
-        return (
-            gathered + (width + 4.0) * shape.layer_parameters
-        )  # whole gradients, and the float32 buffer they reduce in
-    if _autocasts(setting):
-        layers = shape.num_layers if setting.recompute == "none" else 1
-        return COEFFICIENTS["autocast_copies"] * 2.0 * shape.layer_parameters * layers
-    return 0.0
+    return (COEFFICIENTS["gathered_layers"] * width + width + 4.0) * shape.layer_parameters
 
 
-def _root_workspace(shape: ModelShape, setting: Setting) -> float:
+def _root(shape: ModelShape, setting: Setting) -> float:
     """FSDP2 gathers embedding, last layer and last norm for the whole pass."""
     return _product_bytes(setting) * shape.outside_parameters if _is_sharded(setting) else 0.0
+
+
+def _root_gradients(shape: ModelShape, setting: Setting) -> float:
+    """Their gradients come last, whole, and are reduced in float32."""
+    return (_product_bytes(setting) + 4.0) * shape.outside_parameters if _is_sharded(setting) else 0.0
 
 
 # --- what grows with the tokens --------------------------------------------------------------------------------------
@@ -197,12 +202,18 @@ def _ends(shape: ModelShape, setting: Setting) -> float:
 
 
 def _loss(shape: ModelShape, setting: Setting) -> float:
-    """The chunked loss: logits and their gradient, the last layer's gradient in float32 and in the products' dtype."""
-    width = _product_bytes(setting)
-    chunk = min(setting.tokens, max(64, 1 << (CHUNK_LOGITS // shape.vocabulary).bit_length() - 1))
-    cast = width * shape.embedding if _autocasts(setting) else 0.0
-    hidden_gradient = setting.tokens * shape.hidden * width
-    return 2 * chunk * shape.vocabulary * width + (4.0 + width) * shape.embedding + hidden_gradient + cast
+    """The chunked loss.
+
+    Forward: logits and gradients of a chunk beside those of the one before, and the last layer's gradient in float32.
+    Backward: that gradient as it was, scaled, and cast.
+    """
+    width, head = _product_bytes(setting), float(shape.embedding)
+    rows = max(64, 1 << (CHUNK_LOGITS // shape.vocabulary).bit_length() - 1)
+    chunk = min(setting.tokens, rows) * shape.vocabulary * width
+    beside = chunk if setting.tokens > rows else 0.0
+    forward = 4.0 * head + max(2 * chunk + beside, 2 * chunk + width * head)
+    cast = width * head if _autocasts(setting) else 0.0
+    return max(forward, (8.0 + width) * head) + cast + setting.tokens * shape.hidden * width
 
 
 def _head_gradient(shape: ModelShape, setting: Setting) -> float:

@@ -85,7 +85,7 @@ UNFIT: dict[str, tuple[dict[str, Any], Job, list[str]]] = {
     "precision": ({"precision": "fp32-master", "recompute": "none", "microbatch_rows": 2, "memory_gib": 79}, JOB_8B,
                   ["precision: bf16-stochastic", "offload: cpu", "--hardware"]),
     "everything": ({"memory_gib": 23.5, "backend": "unsloth"}, JOB_8B, ["at the least", "backend: fsdp and offload: cpu", "--hardware 1xa100-80gb"]),
-    "GPUs": ({"memory_gib": 23.5, "processes": 2, "offload": "cpu", "card": "rtx-3090"}, JOB_70B, ["--hardware 2x8xh100-80gb"]),
+    "GPUs": ({"memory_gib": 23.5, "processes": 2, "offload": "cpu", "card": "rtx-3090"}, JOB_70B, ["--hardware 8xa100-80gb"]),
     "more of these": ({"memory_gib": 79, "processes": 8}, Job(replace(JOB_70B.shape, num_layers=320, parameters=280_000_000_000), 4096, 64),
                       ["of these GPUs"]),
 }  # fmt: skip
