@@ -1,5 +1,6 @@
 """The export: a plain model folder that `AutoModelForCausalLM`, lm-eval and vLLM load; written aside and
-renamed.
+renamed. Tensors come one at a time (from all processes, where the model is sharded) and leave file by file, so no GPU
+and no process holds the whole model for it.
 
 Weights stay in float32, after CPT and after SFT, whatever the base came in: a bf16 copy between the stages
 would round away most of what CPT learned (at a rate of 5e-6, 93 % of the weights would not move at all).
@@ -7,20 +8,35 @@ would round away most of what CPT learned (at a rate of 5e-6, 93 % of the weight
 
 from __future__ import annotations
 
+import itertools
+import re
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers.core_model_loading import revert_weight_conversion
+
+from tasks.stage import write_json
+from tasks.training.states import plain_name
 
 MODEL, WRITING = "model", ".model.writing"
+FILE_BYTES = 4_000_000_000
+LAYER = re.compile(r"(.*?\.\d+\.|)")  # what stands before a layer's own names; nothing outside the layers
 
 
 def export_model(
-    directory: Path, model: Any, tokenizer: Any, tensors: dict[str, torch.Tensor], stop_ids: list[int]
+    directory: Path,
+    model: Any,
+    tokenizer: Any,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    stop_ids: list[int],
+    file_bytes: int = FILE_BYTES,
 ) -> Path:
-    """Write `model/` from gathered tensors; tied weights are stored once. Generation ends at any of `stop_ids` too."""
+    """Write `model/` from a stream of whole tensors, tied ones once. Generation ends at any of `stop_ids` too."""
     aside, final = directory / WRITING, directory / MODEL
     clear_unfinished(directory)
     model.config.dtype = torch.float32
@@ -29,14 +45,61 @@ def export_model(
     known = known if isinstance(known, list) else [known]
     ids = [token for token in dict.fromkeys([*known, *stop_ids]) if token is not None]
     model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
-    model.save_pretrained(aside, state_dict=tensors)
+    model.save_pretrained(aside, state_dict={})  # everything but the weights
     tokenizer.save_pretrained(aside)
+    write_weights(aside, in_original_form(model, tensors), file_bytes)
     for file in aside.iterdir():
         file.chmod(0o644)  # safetensors writes files that only their owner may read
     if final.exists():  # of a run that was killed between this rename and its artifact
         shutil.rmtree(final)
     aside.rename(final)
     return final
+
+
+def in_original_form(model: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors as the architecture's checkpoints hold them: transformers loads experts, for one, fused.
+
+    A layer at a time, because several tensors may have been made of one, or one of several.
+    """
+    for _, layer in itertools.groupby(tensors, key=lambda entry: LAYER.match(entry[0] + ".")[0]):  # type: ignore[index]
+        yield from revert_weight_conversion(model, {plain_name(name): tensor for name, tensor in layer}).items()
+
+
+def write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], file_bytes: int) -> None:
+    """Write safetensors of at most `file_bytes` (or one tensor), with an index where there are several.
+
+    No more than one file's tensors are in memory.
+    """
+    files: list[dict[str, int]] = []  # the names in each file, and their bytes
+    waiting: dict[str, torch.Tensor] = {}
+
+    def write() -> None:
+        save_file(waiting, folder / f"part-{len(files)}.safetensors", {"format": "pt"})
+        files.append({name: tensor.nbytes for name, tensor in waiting.items()})
+        waiting.clear()
+
+    for name, tensor in tensors:
+        if waiting and sum(t.nbytes for t in waiting.values()) + tensor.nbytes > file_bytes:
+            write()
+        tensor = tensor.contiguous()
+        part_of_more = tensor.untyped_storage().nbytes() != tensor.nbytes  # safetensors refuses shared storage
+        waiting[name] = tensor.clone() if part_of_more else tensor
+        del tensor
+    write()
+    name_files(folder, files)
+
+
+def name_files(folder: Path, files: list[dict[str, int]]) -> None:
+    """Give the written parts the names that every loader looks for."""
+    names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    if len(files) == 1:
+        names = ["model.safetensors"]
+    else:
+        total = sum(size for sizes in files for size in sizes.values())
+        where = {tensor: name for name, sizes in zip(names, files, strict=True) for tensor in sizes}
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    for number, name in enumerate(names):
+        (folder / f"part-{number}.safetensors").rename(folder / name)
 
 
 def clear_unfinished(directory: Path) -> None:

@@ -4,6 +4,7 @@ every process."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -49,8 +50,10 @@ def train(directory: Path, order: Order, backend: ModuleType) -> dict[str, Any]:
     fitted = fit(directory, order, backend)
     if is_main:
         say(f"{order.stage:<14}exporting the model")
-    tensors = {name: tensor for name, tensor in backend.full_tensors(fitted.trainer.model) if is_main}
+    tensors = backend.full_tensors(fitted.trainer.model)
     if not is_main:
+        for _ in tensors:  # every process gives its part
+            pass
         return {}
     moved = save(directory, fitted.inputs, fitted.trainer, tensors)
     return count(directory, fitted.layout) | fitted.facts | {"weights_moved_share": moved}
@@ -140,7 +143,7 @@ def assemble(
     return trainer
 
 
-def save(directory: Path, inputs: Inputs, trainer: RowTrainer, tensors: dict[str, Any]) -> float:
+def save(directory: Path, inputs: Inputs, trainer: RowTrainer, tensors: Iterable[tuple[str, Any]]) -> float:
     """Export, and close the metrics; the share of weights that moved."""
     stops = stop_ids(inputs.tokenizer, inputs.said)
     folder = export.export_model(directory, trainer.model, inputs.tokenizer, tensors, stops)

@@ -1,0 +1,70 @@
+"""The export as a stream: files of a limited size, the architecture's own names, little memory."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from tasks.training.export import export_model, moved_share, write_weights
+from tests.training.conftest import make_model, make_tokenizer
+
+
+def parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, parameter.detach()) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_large_model_is_written_in_several_files_with_an_index(tmp_path: Path, tied: bool) -> None:
+    before = make_model(tmp_path / "before", tied=tied)
+    model = AutoModelForCausalLM.from_pretrained(before)
+    folder = export_model(tmp_path, model, make_tokenizer(), parameters(model), [1], file_bytes=30_000)
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 2 and all(file.stat().st_size < 35_000 for file in files)
+    assert [file.name for file in files] == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in
+                                             range(1, len(files) + 1)]  # fmt: skip
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file.name for file in files for name in load_file(file)}
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert moved_share(before, folder) == 0
+
+
+def test_fused_experts_are_exported_under_the_names_of_their_architecture(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=11, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, eos_token_id=1,
+    ))  # fmt: skip
+    model.save_pretrained(tmp_path / "theirs")
+    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert any(name not in theirs for name, _ in model.named_parameters()), "nothing is fused in this architecture"
+    folder = export_model(tmp_path, model, make_tokenizer(), parameters(model), [1])
+    ours = load_file(folder / "model.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_no_more_than_a_file_is_in_memory(tmp_path: Path) -> None:
+    alive: set[int] = set()
+    most = 0
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal most
+        for number in range(40):
+            tensor = torch.full((250,), float(number))  # 1000 bytes
+            alive.add(number)
+            weakref.finalize(tensor, alive.discard, number)
+            most = max(most, len(alive))
+            yield f"t{number}", tensor
+            del tensor
+
+    write_weights(tmp_path, stream(), file_bytes=5000)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) == 8
+    assert 5 <= most <= 7, most
