@@ -107,10 +107,3 @@ def test_what_dies_is_started_again_with_a_pause(tmp_path: Path) -> None:
         assert not service.runs and len(said) == 1  # not at once again
     finally:
         service.stop()
-
-
-def test_the_image_copies_what_exists() -> None:
-    lines = (ROOT / "flows/Dockerfile").read_text().splitlines()
-    copied = [path for line in lines if line.startswith("COPY") for path in line.split()[1:-1]]
-    assert len(copied) > 6
-    assert [path for path in copied if not (ROOT / path).exists()] == []
