@@ -11,14 +11,27 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 
 from tasks.disk import writes_told
-from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
+from tasks.errors import EXIT_OOM, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from tasks.progress import say
-from tasks.stage import ERROR, PREEMPTED, finish, is_done, leave_error, read_order, stage_lock, sweep, write_text
+from tasks.stage import (
+    ERROR,
+    OOM,
+    PREEMPTED,
+    finish,
+    is_done,
+    leave_error,
+    read_order,
+    stage_lock,
+    sweep,
+    write_json,
+    write_text,
+)
 from tasks.training import checkpoint
 from tasks.training.preemption import Preempted, listen
 from tasks.trust import declare
@@ -51,6 +64,11 @@ def main(directory: Path) -> int:
             with suppress(Preempted):
                 time.sleep(SECONDS_FOR_RANK_0)
         return EXIT_USER_ERROR
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        _record_out_of_memory(directory)
+        return EXIT_OOM
     except Preempted:
         if IS_MAIN:
             write_text(directory / PREEMPTED, "stopped by a signal; run it again to resume\n")
@@ -93,6 +111,20 @@ def _set_environment(unused: tuple[str, ...]) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for package in unused:
         sys.modules[package] = None  # type: ignore[assignment]
+
+
+def _record_out_of_memory(directory: Path) -> None:
+    """What the launcher needs to word the error, and to go on with less (tasks/oom.py); any process may be the one."""
+    import torch
+
+    from tasks.training.metrics import read_metrics
+
+    traceback.print_exc()
+    how, lines = read_order(directory).how, read_metrics(directory)
+    measured = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    record = {"measured_gib": measured, "predicted_gib": how.get("predicted_gib"), "step": len(lines) + 1,
+              "microbatch_rows": how.get("microbatch_rows", 1)}  # fmt: skip
+    write_json(directory / OOM, record)
 
 
 def _clear(directory: Path) -> None:

@@ -1,6 +1,8 @@
 """What a decoder layer keeps for its backward pass, and what it computes again; and its compilation.
 
-- `none` keeps everything.
+- `none` computes no matrix product and no attention again. A compiled layer still recomputes what lies between them
+  (norms, activations, rotations): on an H200 an 8B model keeps 97 GiB in place of 125 at 16,384 tokens a micro-batch,
+  at the same speed.
 - `selective` keeps the attention's output and every second matrix product of a layer, and computes the rest again.
 - `full` keeps a layer's input only.
 
@@ -16,18 +18,24 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.nn.attention.varlen  # defines torch_attn's operations
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tasks.errors import UserError
 
 KINDS = ("none", "selective", "full")
+# Share of what a compiled layer would keep by default; the compiler recomputes the cheapest first. At 0.6 it starts on
+# products: 1.6 % slower for 4 GiB.
+MEMORY_BUDGET = 0.8
 Forward = Callable[..., Any]
 
 
 def wrap_layers(model: Any, recompute: str, compile_layers: bool) -> int:
     """Give every decoder layer a forward pass that recomputes and is compiled as asked for; how many there are."""
     layers = decoder_layers(model)
+    if compile_layers and recompute == "none":
+        torch._functorch.config.activation_memory_budget = MEMORY_BUDGET
     forwards: dict[Forward, Forward] = {}  # one compiled function for all layers of a class
     for layer in layers:
         plain = type(layer).forward

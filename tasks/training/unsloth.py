@@ -72,6 +72,8 @@ def load_model(folder: Path, precision: Precision, seq_len: int, how: dict[str, 
     model.set_attn_implementation(implementation)
     for trace in ("model_name", "unsloth_version"):  # a path of this machine, and a version: neither is the model's
         model.config.__dict__.pop(trace, None)
+    for parameter in model.parameters():  # it keeps norms in float32, which its own compiled pieces would cast
+        parameter.data = parameter.data.to(precision.weights)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert not frozen, f"Unsloth left {frozen} without a gradient"
     if not precision.autocasts:  # its trainer would otherwise turn autocast on for float32 weights

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from tasks.errors import EXIT_OOM
-from tasks.stage import OOM, read_order, write_json
+from tasks.stage import read_order
 from tasks.training.__main__ import main
 
 MOST_ROWS, FULL_AT_STEP = 2, 8
@@ -28,10 +27,4 @@ if __name__ == "__main__":
         return step(self, *args, **kwargs)
 
     RowTrainer.training_step = training_step  # type: ignore[method-assign]
-    try:
-        code = main(directory)
-    except torch.OutOfMemoryError:
-        record = {"measured_gib": 22.9, "predicted_gib": 20.1, "microbatch_rows": rows, "step": FULL_AT_STEP}
-        write_json(directory / OOM, record)
-        code = EXIT_OOM
-    sys.exit(code)
+    sys.exit(main(directory))

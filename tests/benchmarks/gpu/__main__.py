@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.gpu.material import flops_per_token, make_prepared, mean_context
+from tests.benchmarks.gpu.material import SHAPES, flops_per_token, make_prepared, mean_context
 from tests.benchmarks.gpu.suites import SUITES, Case
 
 PEAK_FLOPS = 790e12
@@ -29,12 +29,13 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "unsloth", "torchao", 
 def make_material(cases: list[Case], work: Path) -> None:
     """Models and rows that the cases name; models in processes of their own, which give their GPU back."""
     making = []
-    for shape in {case["shape"] for case in cases if not Path(case["shape"]).exists()}:
+    for shape in {case["shape"] for case in cases if case["shape"] in SHAPES}:
         command = [sys.executable, "-m", "tests.benchmarks.gpu.material", str(work / shape), shape]
         making.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
     for case in cases:
         rows = case["rows_per_step"] * case["steps"]
         case["model"] = case["shape"] if Path(case["shape"]).exists() else str(work / case["shape"])
+        case["save"] = str(work / case["save"]) if case.get("save") else ""
         folder = work / f"rows-{case['text']}-{case['seq_len']}-{rows}-{case['mean']}"
         case["prepared"] = str(make_prepared(folder, rows, case["seq_len"], case["mean"], case["text"]))
         if held := case.get("held_out_rows"):
@@ -60,7 +61,7 @@ class Runner:
                 waiting = []
             done = {result["name"] for result in self.results}
             for case in list(waiting):
-                if len(self.free) >= case.get("processes", 1) and case.get("after", "") in {"", *done}:
+                if len(set(self.free)) >= case.get("processes", 1) and case.get("after", "") in {"", *done}:
                     waiting.remove(case)
                     self._start(case)
             time.sleep(0.5)
@@ -68,7 +69,10 @@ class Runner:
                 self._collect(name)
 
     def _start(self, case: Case) -> None:
-        gpus, self.free = self.free[: case.get("processes", 1)], self.free[case.get("processes", 1) :]
+        # The least busy first; never one GPU for two processes of a case.
+        gpus = sorted(set(self.free), key=lambda gpu: (-self.free.count(gpu), gpu))[: case.get("processes", 1)]
+        for gpu in gpus:
+            self.free.remove(gpu)
         path, result = self.work / f"{case['name']}.case.json", self.work / f"{case['name']}.json"
         path.write_text(json.dumps(case))
         result.unlink(missing_ok=True)
@@ -134,6 +138,7 @@ def main() -> None:
     parser.add_argument("suites", nargs="*", default=["speed"])
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-gpu"))
     parser.add_argument("--work", type=Path, default=Path("/tmp/steep-benchmark"))  # models of 16 GB
+    parser.add_argument("--slots", type=int, default=1, help="cases a GPU at a time, where nothing is timed")
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--only", default="", help="cases whose name holds one of these words")
     options = parser.parse_args()
@@ -147,7 +152,7 @@ def main() -> None:
     cases = [case for case in cases if case.get("processes", 1) <= len(gpus)]
     deadline = time.monotonic() + options.seconds
     make_material(cases, options.work)
-    Runner(gpus, options.work, options.out, deadline).run(cases)
+    Runner(gpus * options.slots, options.work, options.out, deadline).run(cases)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,6 @@ def run_steep(case: dict[str, Any], work: Path) -> dict[str, Any]:
     """Our worker, from its order to its last step."""
     from tasks.stage import Order, write_order
 
-    if "budget" in case:
-        import torch._functorch.config
-
-        torch._functorch.config.activation_memory_budget = case["budget"]
     how = HOW | {name: case[name] for name in HOW if name in case}
     what = (
         WHAT

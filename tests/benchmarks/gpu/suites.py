@@ -29,16 +29,16 @@ FSDP2: Case = {
     "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True},
 }
 SPEED_8B = [
-    ours("8b unsloth", "llama-8b", 2, backend="unsloth"),
-    ours("8b fsdp", "llama-8b", 2),
+    ours("8b unsloth", "llama-8b", 4, backend="unsloth"),
+    ours("8b fsdp", "llama-8b", 4),
     case("8b raw unsloth usual", "unsloth", "llama-8b", microbatch_rows=4, recompute="unsloth"),
     case("8b raw unsloth best", "unsloth", "llama-8b", microbatch_rows=2),
     case("8b trl+liger", "trl", "llama-8b", microbatch_rows=2, padding_free=False),
     case("8b trl+liger+flex", "trl", "llama-8b", microbatch_rows=2, attention="flex_attention"),
-    case("8b bare loop", "bare", "llama-8b", microbatch_rows=2),
+    case("8b bare loop", "bare", "llama-8b", microbatch_rows=4),
 ]
 SPEED_2 = [
-    ours("8b fsdp x2", "llama-8b", 2, processes=2, precision="fp32-master"),
+    ours("8b fsdp x2", "llama-8b", 4, processes=2, precision="fp32-master"),
     case(
         "8b trl+liger x2",
         "trl",
@@ -52,46 +52,73 @@ SPEED_2 = [
     ),
 ]
 SWEEP_8B = [
-    ours("8b fsdp none 1", "llama-8b", 1),
-    ours("8b fsdp none 4", "llama-8b", 4),
-    ours("8b fsdp selective 2", "llama-8b", 2, recompute="selective"),
+    ours("8b fsdp none 2", "llama-8b", 2),
     ours("8b fsdp selective 4", "llama-8b", 4, recompute="selective"),
     ours("8b fsdp full 4", "llama-8b", 4, recompute="full"),
     ours("8b fsdp full 8", "llama-8b", 8, recompute="full"),
     ours("8b unsloth unsloth 4", "llama-8b", 4, recompute="unsloth", backend="unsloth"),
     ours("8b fsdp master full 1", "llama-8b", 1, recompute="full", precision="fp32-master"),
+    ours("8b fsdp selective 2", "llama-8b", 2, recompute="selective"),
 ]
+LONG: Case = {"seq_len": 65_536, "rows_per_step": 1, "steps": 5}
 SMALL = [
-    ours("1b fsdp", "llama-1b", 4),
     ours("1b unsloth", "llama-1b", 4, backend="unsloth"),
+    ours("1b 65536 unsloth", "llama-1b", 1, backend="unsloth", recompute="unsloth", **LONG),
+    ours("0.6b unsloth", "qwen3-0.6b", 4, backend="unsloth"),
+    ours("1b fsdp", "llama-1b", 4),
     ours("1b fsdp master", "llama-1b", 4, precision="fp32-master"),
+    ours("0.6b fsdp", "qwen3-0.6b", 4),
+    ours("1b 65536 full", "llama-1b", 1, recompute="full", **LONG),
     case("1b trl+liger", "trl", "llama-1b", microbatch_rows=4, padding_free=False),
     case("1b raw unsloth", "unsloth", "llama-1b", microbatch_rows=4),
-    ours("0.6b fsdp", "qwen3-0.6b", 4),
-    ours("0.6b unsloth", "qwen3-0.6b", 4, backend="unsloth"),
     case("0.6b trl+liger", "trl", "qwen3-0.6b", microbatch_rows=4, padding_free=False),
-    ours(
-        "1b 65536 unsloth",
-        "llama-1b",
-        1,
-        backend="unsloth",
-        recompute="unsloth",
-        seq_len=65_536,
-        rows_per_step=1,
-        steps=4,
-    ),
-    ours("1b 65536 full", "llama-1b", 1, recompute="full", seq_len=65_536, rows_per_step=1, steps=4),
 ]
-EXPLORE = [
-    *SPEED_8B[:4],
-    ours("8b fsdp none 4", "llama-8b", 4),
-    ours("8b fsdp budget 0.8", "llama-8b", 4, budget=0.8),
-    ours("8b fsdp budget 0.6", "llama-8b", 4, budget=0.6),
-    SPEED_2[0],
-    SPEED_8B[6],
-    SWEEP_8B[6],
-    *SMALL[-2:],
-    SMALL[6],
-    SMALL[5],
-]
-SUITES = {"explore": EXPLORE, "speed": [*SPEED_8B, *SPEED_2], "sweep": SWEEP_8B, "small": SMALL}
+
+# --- one recipe, same curve ------------------------------------------------------------------------------------------
+
+CURVE: Case = {"seq_len": 512, "mean": 70, "text": "regulations", "rows_per_step": 8, "steps": 200, "held_out_rows": 64,
+               "what": {"learning_rate": 2e-4}}  # fmt: skip
+
+
+def curves(model: str, shape: str) -> list[Case]:
+    """200 steps of one recipe on one GPU and on two, by either backend, at several micro-batches."""
+    exact: Case = {"precision": "fp32", "compile": False} | CURVE
+    fast: Case = {"precision": "fp32-master"} | CURVE
+    return [
+        ours(f"{model} fp32 fsdp 8", shape, 8, **exact),
+        ours(f"{model} fp32 unsloth 8", shape, 8, backend="unsloth", **exact),
+        ours(f"{model} fp32 fsdp 1", shape, 1, **exact),
+        ours(f"{model} fp32 fsdp x2 2", shape, 2, processes=2, **exact),
+        ours(f"{model} master unsloth 8", shape, 8, backend="unsloth", **fast),
+        ours(f"{model} master fsdp 2", shape, 2, **fast),
+        ours(f"{model} master fsdp x2 4", shape, 4, processes=2, **fast),
+    ]
+
+
+CURVES = [*curves("100m", "llama-100m"), *curves("example", "data/regulator/base")]
+
+# --- exact updates ---------------------------------------------------------------------------------------------------
+
+UPDATES: Case = {"seq_len": 512, "mean": 70, "rows_per_step": 16, "held_out_rows": 64, "moved": True}
+PRETRAIN = ours("pretrain 100m", "llama-100m", 16, **UPDATES | {"steps": 400, "text": "general", "moved": False},
+                precision="fp32-master", what={"learning_rate": 1e-3}, save="base-100m")  # fmt: skip
+
+
+def updates(rate: float) -> list[Case]:
+    """A model goes on with another text, 200 steps, by precision and backend."""
+    common: Case = UPDATES | {
+        "steps": 200,
+        "text": "regulations",
+        "what": {"learning_rate": rate},
+        "after": PRETRAIN["name"],
+    }
+    policies = ("fp32-master", "bf16-stochastic", "bf16")
+    return [
+        ours(f"{rate:.0e} {policy} {backend}", "base-100m", 16, precision=policy, backend=backend, **common)
+        for backend in ("fsdp", "unsloth")
+        for policy in policies
+    ]
+
+
+EXACT = [PRETRAIN, *updates(5e-6), *updates(2e-5)]
+SUITES = {"speed": [*SPEED_8B, *SPEED_2], "sweep": SWEEP_8B, "small": SMALL, "curves": CURVES, "exact": EXACT}
