@@ -100,4 +100,4 @@ def test_true_runs_it_in_training_and_evaluation_and_the_report_says_so(own: Pat
     [model] = own.glob("runs/sft-*/model")
     assert (model / "own.py").is_file()  # it travels with what was trained
     [report] = own.glob("runs/report-*/report.md")
-    assert "trust_remote_code" in report.read_text()
+    assert "own (trust_remote_code)" in report.read_text().replace("\\", "")  # Markdown escapes the underscores

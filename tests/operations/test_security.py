@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 
 from flows.files import Handler
 from tests.conftest import ROOT
+from tests.operations.conftest import Served
 
 CANARY = "hf_canary_0123456789abcdefghij"
 
@@ -68,3 +70,42 @@ def test_a_secret_is_in_nothing_that_is_kept(project: Path, tiny_base: Path, end
     assert len(kept) > 15 and any(path.name == "prefect.db" for path in kept)  # logs and artifacts stand there
     assert [str(path) for path in kept if CANARY.encode() in path.read_bytes()] == []
     assert CANARY.encode() not in done.stdout + done.stderr
+
+
+SAVE = "import sys; from prefect.blocks.system import Secret; Secret(value=sys.argv[1]).save('hub-canary')"
+LOADED = "import os; from flows.credentials import load_secrets; load_secrets(); print(os.environ['HF_TOKEN'])"
+
+
+@pytest.mark.operations
+def test_a_secret_block_of_a_server_reaches_the_run_and_nothing_that_is_kept(served: Served) -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "PREFECT_HOME")}
+    environment |= {"PREFECT_API_URL": f"{served.url}/api", "PREFECT_HOME": str(served.project / ".prefect")}
+    environment |= {"PYTHONPATH": str(served.project), "STEEP_SECRET_BLOCKS": "HF_TOKEN=hub-canary"}
+
+    def python(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *arguments]
+        return subprocess.run(
+            command, cwd=served.project, env=environment | more, capture_output=True, text=True, check=False
+        )
+
+    missing = python("-c", LOADED)
+    assert (
+        missing.returncode != 0
+        and "names the Secret block 'hub-canary', which the server does not hold" in missing.stderr
+    )
+    assert python("-c", SAVE, CANARY).returncode == 0
+    assert python("-c", LOADED).stdout.strip() == CANARY  # it does arrive
+
+    text = (served.project / "configs/regulator.yaml").read_text()
+    (served.project / "configs/secret.yaml").write_text(text.replace("seed: 0", "seed: 8"))
+    done = python("-m", "flows.pipeline", "--config", "configs/secret.yaml", "--only", "prepare")
+    assert done.returncode == 0, done.stderr
+    [run] = [r for r in served.api("/flow_runs/filter", {}) if r["parameters"].get("config") == "configs/secret.yaml"]
+    told = [run, served.wait_for_run(run["id"]), served.logs(run["id"]), served.artifacts(run["id"])]
+    assert len(told[2]) > 3 and len(told[3]) > 2
+    assert CANARY not in json.dumps(told) + done.stdout + done.stderr
+    kept = [
+        path for folder in ("runs", ".prefect/logs") for path in (served.project / folder).rglob("*") if path.is_file()
+    ]
+    assert len(kept) > 10
+    assert [str(path) for path in kept if CANARY.encode() in path.read_bytes()] == []
