@@ -91,6 +91,7 @@ def resolve_base_model(run: Run, config_path: Path, digests: Digests) -> BaseMod
             code = {str(file.relative_to(folder)): digests.of(file) for file in sorted(folder.rglob("*.py"))}
             identity, tokenizer = identity | code, tokenizer | code
     check_trust(folder, run.model.trust_remote_code, where)
+    _check_shards(folder, where)
     vocab_size, max_positions = _sizes(folder / "config.json")
     if max_positions and run.model.seq_len > max_positions:
         raise UserError(
@@ -188,6 +189,15 @@ def _check_folder(folder: Path, where: str) -> None:
         )
         raise UserError(f"the model {folder} holds {found}", where=where, allowed="*.safetensors",
                         todo="convert it with save_pretrained, in a place where you trust the file")  # fmt: skip
+
+
+def _check_shards(folder: Path, where: str) -> None:
+    """Every shard lies in the model's folder: what an index names elsewhere would be loaded, and digested by nobody."""
+    index = folder / "model.safetensors.index.json"
+    shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else []
+    if strays := sorted({name for name in shards if Path(name).name != name}):
+        raise UserError(f"the model's index names weights outside its folder: {', '.join(strays[:3])}",
+                        where=str(index), allowed="file names without a folder", todo=f"correct {where}")  # fmt: skip
 
 
 def _sizes(config_file: Path) -> tuple[int, int | None]:
