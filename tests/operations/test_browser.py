@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.operations.conftest import Served, wait_for
 
-pytestmark = pytest.mark.operations
+pytestmark = [pytest.mark.operations, pytest.mark.timeout(1800)]  # the first test also waits for the server and a run
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
 )

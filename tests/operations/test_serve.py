@@ -16,7 +16,7 @@ from flows.postgres import find_binaries
 from tests.conftest import laws, write_lines
 from tests.operations.conftest import Served, wait_for
 
-pytestmark = pytest.mark.operations
+pytestmark = [pytest.mark.operations, pytest.mark.timeout(1800)]  # the first test also waits for the server and a run
 STAGES = {"prepare_cpt", "prepare_sft", "cpt", "sft", "evaluate", "report"}
 
 
