@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,3 +110,28 @@ def test_what_dies_is_started_again_with_a_pause(tmp_path: Path) -> None:
         assert not service.runs and len(said) == 1  # not at once again
     finally:
         service.stop()
+
+
+def units() -> list[str]:
+    """The systemd units of the operations page."""
+    found = re.findall(r"(?m)^    \[Unit\]\n(?:^    .*\n)+", (ROOT / "flows/README.md").read_text())
+    return [re.sub(r"(?m)^    ", "", unit) for unit in found]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_systemd_units_of_the_page_are_sound(tmp_path: Path, number: int) -> None:
+    unit = units()[number]
+    lines = [line for line in unit.splitlines() if not line.startswith("#")]
+    assert len(lines) > 8 and not [
+        line for line in lines if "#" in line
+    ]  # systemd takes a comment behind a value as part of it
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed here")
+    path = tmp_path / f"steep-{number}.service"
+    path.write_text(
+        unit.replace("/opt/steep/.venv/bin/prefect", sys.executable).replace(
+            "/opt/steep/.venv/bin/python", sys.executable
+        )
+    )
+    done = subprocess.run(["systemd-analyze", "verify", str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and path.name not in done.stderr, done.stderr
