@@ -90,7 +90,7 @@ def test_the_server_refuses_a_wrong_parameter(served: Served, name: str) -> None
 SLIPS = {
     "hardware": ("cpux", "did you mean 'cpu'"),
     "config": ("configs/gone.yaml", "configs/gone.yaml"),
-    "only": ("trian", "no stage is called 'trian'"),
+    "only": ("cptt", "no stage is called 'cptt'"),
 }
 
 
