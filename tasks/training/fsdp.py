@@ -40,6 +40,8 @@ def start_process(how: dict[str, Any]) -> None:
             todo=f"start it with `torchrun --standalone --nproc-per-node {expected} -m tasks.training DIR`",
         )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if expected == 1:
+        see_one_gpu()
     import torch
 
     if how["device"] == "cuda":
@@ -50,6 +52,15 @@ def start_process(how: dict[str, Any]) -> None:
         torch.use_deterministic_algorithms(True)
         # A debugging aid that costs a write a tensor.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def see_one_gpu() -> None:
+    """Hide all GPUs but the first visible one: a single process would be spread over all by `DataParallel`, in silence.
+
+    Called before torch looks at the GPUs.
+    """
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    os.environ["CUDA_VISIBLE_DEVICES"] = first
 
 
 def set_threads(how: dict[str, Any], num_parameters: int) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.errors import UserError
-from tasks.training.fsdp import full_tensors, rank, set_threads, world_size
+from tasks.training.fsdp import full_tensors, rank, see_one_gpu, set_threads, world_size
 
 if TYPE_CHECKING:
     from tasks.training.precision import Precision
@@ -40,6 +40,7 @@ def start_process(how: dict[str, Any]) -> None:
     if importlib.util.find_spec("unsloth") is None:
         raise UserError("the hardware tag asks for Unsloth, which is not installed", where="hardware.backend",
                         todo="pip install -e '.[unsloth]', or take a tag with backend fsdp")  # fmt: skip
+    see_one_gpu()
     import torch
 
     if not torch.cuda.is_available():

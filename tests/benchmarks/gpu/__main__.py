@@ -140,11 +140,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/steep-benchmark"))  # models of 16 GB
     parser.add_argument("--slots", type=int, default=1, help="cases a GPU at a time, where nothing is timed")
     parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--gpus", default="", help="indices, separated by commas; all when empty")
     parser.add_argument("--only", default="", help="cases whose name holds one of these words")
     options = parser.parse_args()
     for folder in (options.out, options.work):
         folder.mkdir(parents=True, exist_ok=True)
-    gpus = _nvidia("index")
+    gpus = options.gpus.split(",") if options.gpus else _nvidia("index")
     cases = [dict(case) for suite in options.suites for case in SUITES[suite]]
     cases = [
         case for case in cases if not options.only or any(word in case["name"] for word in options.only.split("|"))

@@ -31,7 +31,7 @@ LLAMA_1B = LlamaConfig(vocab_size=128_256, hidden_size=2048, intermediate_size=8
                        num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True, **COMMON)  # fmt: skip
 QWEN3_06B = Qwen3Config(vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, head_dim=128,
                         num_attention_heads=16, num_key_value_heads=8, tie_word_embeddings=True, **COMMON)  # fmt: skip
-LLAMA_100M = LlamaConfig(vocab_size=1024, hidden_size=768, intermediate_size=3072, num_hidden_layers=10,
+LLAMA_100M = LlamaConfig(vocab_size=1536, hidden_size=768, intermediate_size=3072, num_hidden_layers=10,
                          num_attention_heads=12, num_key_value_heads=4, tie_word_embeddings=True, **COMMON)  # fmt: skip
 FLOAT32 = ("llama-100m",)  # of the comparisons that look at the last digits
 SHAPES = {"llama-8b": LLAMA_8B, "llama-1b": LLAMA_1B, "qwen3-0.6b": QWEN3_06B, "llama-100m": LLAMA_100M}

@@ -121,4 +121,4 @@ def updates(rate: float) -> list[Case]:
 
 
 EXACT = [PRETRAIN, *updates(5e-6), *updates(2e-5)]
-SUITES = {"speed": [*SPEED_8B, *SPEED_2], "sweep": SWEEP_8B, "small": SMALL, "curves": CURVES, "exact": EXACT}
+SUITES = {"speed": [*SPEED_2, *SPEED_8B], "sweep": SWEEP_8B, "small": SMALL, "curves": CURVES, "exact": EXACT}
