@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import UserError
+from tasks.gpus import booked
 from tasks.guard import has_ended
 from tasks.launch import POLL_SECONDS, python_command, start_guarded, worker_environment
 from tasks.nodes import SECONDS_TO_FOLLOW, Link, read_endpoint
@@ -75,9 +76,12 @@ def take_part(link: Link, task: dict[str, Any]) -> None:
     how = order.how | {"master": task["master"], "node_rank": rank}
     print(f"{order.stage}: node {rank} of {how['nodes']} in {directory}", flush=True)
     command = [*python_command("tasks.training", how), str(directory)]
-    with (directory / f"worker-node{rank}.log").open("ab") as log:
-        share = start_guarded(command, log, worker_environment(how, (), task["hub"]))
-    stay_until_end(link, share)
+    with (
+        booked("tasks.training", how, str(directory), lambda line: print(line, flush=True)) as gpus,
+        (directory / f"worker-node{rank}.log").open("ab") as log,
+    ):
+        share = start_guarded(command, log, worker_environment(how, (), task["hub"]), gpus)
+        stay_until_end(link, share)
     print(f"{order.stage}: this node's share exited with {share.returncode}", flush=True)
     link.tell(exit=share.returncode, tail=last_lines(Path(log.name)))
     while not (link.lost or link.over or _stopped):  # node 0 exports long after our ranks have ended

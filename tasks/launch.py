@@ -118,7 +118,8 @@ def python_command(module: str, how: dict[str, Any]) -> list[str]:
     Of several nodes each runs its own; `how` then says where they meet (`master`) and which this one is (`node_rank`).
     """
     processes, nodes = int(how.get("processes", 1)), int(how.get("nodes", 1))
-    if module != "tasks.training" or processes * nodes == 1:
+    alone = processes * nodes == 1 and how.get("offload") != "cpu"  # FSDP2 offloads, and wants torchrun
+    if module != "tasks.training" or alone:
         return [sys.executable, "-m", module]
     place = ["--standalone"]
     if nodes > 1:  # static: node 0, which holds the stage's lock, has rank 0 whoever comes first

@@ -30,6 +30,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def sharded() -> bool:
+    """Whether FSDP2 holds the weights: torchrun starts several processes, or a single one that offloads to the CPU."""
+    return "LOCAL_RANK" in os.environ
+
+
 def start_process(how: dict[str, Any]) -> None:
     """Set up this process: check the machine against the order, make results repeatable."""
     expected = how.get("processes", 1) * how.get("nodes", 1)
@@ -39,6 +44,9 @@ def start_process(how: dict[str, Any]) -> None:
             where="how.processes",
             todo=f"start it with `torchrun --standalone --nproc-per-node {expected} -m tasks.training DIR`",
         )
+    if how.get("offload") == "cpu" and not sharded():
+        raise UserError("offload: cpu moves FSDP2's shards off the GPU, but torchrun did not start this",
+                        where="how.offload", todo="start it with torchrun --standalone -m tasks.training")  # fmt: skip
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if expected == 1:
         see_one_gpu()
@@ -84,7 +92,7 @@ def trainer_settings(how: dict[str, Any], precision: Precision) -> dict[str, Any
     """The trainer's settings for where it runs."""
     on_cpu = how["device"] == "cpu"
     settings: dict[str, Any] = {"use_cpu": on_cpu, "dataloader_pin_memory": not on_cpu}
-    if world_size() > 1:
+    if sharded():
         settings["ddp_backend"] = "gloo" if on_cpu else "nccl"
         settings["fsdp"] = True
         settings["fsdp_config"] = {
@@ -94,6 +102,10 @@ def trainer_settings(how: dict[str, Any], precision: Precision) -> dict[str, Any
             "reshard_after_forward": True,
             "cpu_ram_efficient_loading": False,
         }
+        if how.get("offload") == "cpu":
+            settings["fsdp_config"]["cpu_offload"] = True
+            # accelerate reads these when it makes the group: the norm of gradients on the CPU needs gloo too.
+            os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}
         if not on_cpu:
             settings["bf16"] = False  # FSDP2 casts the shards itself, see before_trainer
             # Without it a whole model of gradients is kept on every GPU until the last micro-batch of a step.
@@ -103,7 +115,7 @@ def trainer_settings(how: dict[str, Any], precision: Precision) -> dict[str, Any
 
 def before_trainer(args: Any, precision: Precision) -> None:
     """FSDP2's own mixed precision on GPUs; and make accelerate shard on CPU too, where it takes DDP in silence."""
-    if world_size() == 1:
+    if not sharded():
         return
     if not args.use_cpu:
         _cast_in_fsdp(args, precision)
@@ -143,7 +155,7 @@ def check_wrapper(model: Any) -> str:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-    if world_size() == 1:
+    if not sharded():
         return "none"
     whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
     assert not whole, f"{whole} are not sharded"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import UserError
-from tasks.launch import Preempted, WorkerFailed, run_worker
+from tasks.launch import Preempted, WorkerFailed, python_command, run_worker
 from tasks.stage import LOG, Order, is_done, write_order
 from tests.conftest import ROOT
 
@@ -101,3 +101,15 @@ def test_a_lock_is_held_for_as_long_as_the_worker_lives(tmp_path: Path) -> None:
         run_worker("tests.tasks.worker", [directory], {"device": "cpu"}, forward=print, lock_descriptors=[descriptor])
         assert f'"lock": "{descriptor}"' in (directory / "artifact.json").read_text()
     assert os.environ.get("STEEP_LOCK_FD") is None
+
+
+def test_training_starts_under_torchrun_where_it_is_sharded() -> None:
+    assert python_command("tasks.training", {"processes": 1}) == [sys.executable, "-m", "tasks.training"]
+    assert python_command("tasks.evaluation", {"processes": 8}) == [sys.executable, "-m", "tasks.evaluation"]
+    for how, said in (
+        ({"processes": 2}, "--standalone --nproc-per-node 2 "),
+        ({"processes": 1, "offload": "cpu"}, "--standalone --nproc-per-node 1 "),
+        ({"processes": 8, "nodes": 2, "master": "n0:5", "node_rank": 1}, "--nnodes 2 --node-rank 1 --rdzv-backend static "
+         "--master-addr n0 --master-port 5 --nproc-per-node 8 "),
+    ):  # fmt: skip
+        assert said in " ".join(python_command("tasks.training", how))

@@ -1,5 +1,5 @@
 """Two nodes on one machine: two agents, each with its own torchrun, over loopback. One of them is killed, then the
-other; each time the survivor ends too, and the next run resumes. About 50 s on idle cores."""
+other; each time the survivor ends too, and the next run resumes. 85 CPU seconds, nine starts of torch."""
 
 from __future__ import annotations
 
