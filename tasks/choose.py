@@ -102,7 +102,7 @@ def predicted(hardware: Hardware, job: Job) -> Choice:
     assert isinstance(rows, int), "settled before"
     accumulation = math.ceil(job.rows_per_step / (rows * hardware.world_size))
     setting = Setting(hardware.backend, hardware.precision, hardware.recompute, rows, job.seq_len, hardware.world_size,
-                      hardware.offload, accumulation)  # fmt: skip
+                      hardware.offload, accumulation, bool(hardware.compile))  # fmt: skip
     speed = predict_speed(job.shape, setting, hardware.card, job.rows_per_step) if hardware.card else None
     return Choice(hardware, job, setting, predict(job.shape, setting), speed)
 

@@ -26,11 +26,10 @@ STATE_BYTES = {
 }
 CHUNK_LOGITS = 2**29  # as tasks/training/linear_loss.py: logits that exist at a time
 COEFFICIENTS = {
-    # What a layer keeps beyond the count, in units of H elements: statistics of norms, copies the compiler makes.
-    "kept_extra": 0.4,
-    # Temporary gradients while a layer is differentiated, in units of F elements.
-    "layer_gradients": 2.0,
-    # Under autocast a layer's float32 weights are cast to bf16, and the copies are kept for the backward pass.
+    # Temporary values while a layer is differentiated, in elements of F: the MLP's product again, and the gradients of
+    # the product, of gate and of up. Measured at 65,536 tokens of a 1B model: 4.2.
+    "layer_gradients": 4.0,
+    # What is kept of autocast's bf16 copies of a layer's float32 weights.
     "autocast_copies": 1.0,
     # Layers gathered at a time under FSDP2: the one in work and the next.
     "gathered_layers": 2.0,
@@ -49,6 +48,7 @@ class Setting:
     world_size: int = 1
     offload: str = "none"
     accumulation: int = 1  # micro-batches a step
+    compile: bool = True  # compiled layers
 
     @property
     def tokens(self) -> int:
@@ -90,11 +90,12 @@ def moments(shape: ModelShape, setting: Setting) -> list[Parts]:
     kept, layer, ends = _kept(shape, setting), _kept_by_a_layer(shape, setting), _ends(shape, setting)
     recomputed = 0.0 if setting.recompute == "none" else max(0.0, layer - kept / shape.num_layers)
     temporary, copies, root = _layer_gradients(shape, setting), _copies(shape, setting), _root(shape, setting)
+    on_way = kept if setting.recompute == "unsloth" else 0.0  # buffers between GPU and host
     work, head = copies + _gathered(shape, setting) + root, _head_gradient(shape, setting)
     return [
         Parts(weights, held, optimizer, kept + ends, _loss(shape, setting), copies + root, "loss"),
         Parts(weights, held, optimizer, kept + ends + recomputed + temporary, head, work, "backward, first layer"),
-        Parts(weights, gradients, optimizer, layer + temporary, 0.0, work, "backward, last layer"),
+        Parts(weights, gradients, optimizer, layer + on_way + temporary, 0.0, work, "backward, last layer"),
         Parts(weights, gradients, optimizer, 0.0, 0.0, root + _root_gradients(shape, setting), "embedding's gradient"),
         Parts(weights, gradients, optimizer, 0.0, 0.0, 0.0, "optimizer step"),
     ]
@@ -167,15 +168,20 @@ def _stream_bytes(setting: Setting) -> float:
 
 
 def _kept_by_a_layer(shape: ModelShape, setting: Setting) -> float:
-    """What one layer keeps for its backward pass when nothing is computed again.
+    """What one layer keeps for its backward pass when no product and no attention is computed again.
 
-    The two inputs of the norms, their outputs (inputs of the products), queries, keys and values, the attention's
-    output and its statistics, and three of the MLP: gate, up and their product.
+    Compiled: the residual stream before both norms, queries, keys and values, the attention's output and its
+    statistics, gate and up; norms, rotations and the MLP's product are computed again (tasks/training/recompute.py).
+    Not compiled also the norms' values in float32, normalised and scaled, heads repeated, and two more of the MLP.
     """
-    inputs = 2 * shape.hidden + 2 * shape.queries + 2 * shape.keys + 3 * shape.mlp
-    beyond = COEFFICIENTS["kept_extra"] * shape.hidden
-    residuals = 2 * shape.hidden * _stream_bytes(setting)
-    return setting.tokens * ((inputs + beyond) * _product_bytes(setting) + residuals + 4 * shape.heads)
+    product, stream = _product_bytes(setting), _stream_bytes(setting)
+    elements = 2 * shape.queries + 2 * shape.keys + 2 * shape.mlp
+    a_token = elements * product + 2 * shape.hidden * stream + 4 * shape.heads
+    if not setting.compile:
+        widened = 4.0 if product < 4 else 0.0
+        a_token += 2 * shape.hidden * (2 * product + widened)
+        a_token += (2 * (shape.queries - shape.keys) + 2 * shape.mlp) * product
+    return setting.tokens * a_token
 
 
 def _kept(shape: ModelShape, setting: Setting) -> float:
@@ -186,14 +192,15 @@ def _kept(shape: ModelShape, setting: Setting) -> float:
     if setting.recompute == "unsloth":  # inputs of layers go to the host; the one in work and the next are here
         return 2 * setting.tokens * stream
     a_token = stream
-    if setting.recompute == "selective":  # the attention's output, and q, v, gate and down of the products
-        a_token += (2 * shape.queries + shape.keys + shape.mlp + shape.hidden) * product + 4 * shape.heads
+    if setting.recompute == "selective":  # the attention's output, and q, v and gate of the products
+        a_token += (2 * shape.queries + shape.keys + shape.mlp) * product + 4 * shape.heads
     return shape.num_layers * setting.tokens * a_token
 
 
 def _layer_gradients(shape: ModelShape, setting: Setting) -> float:
-    """Gradients of activations while one layer is differentiated."""
-    return COEFFICIENTS["layer_gradients"] * setting.tokens * shape.mlp * _product_bytes(setting)
+    """Gradients of activations while one layer is differentiated; last that of the stream."""
+    elements = COEFFICIENTS["layer_gradients"] * shape.mlp + shape.hidden
+    return setting.tokens * elements * _product_bytes(setting)
 
 
 def _ends(shape: ModelShape, setting: Setting) -> float:
@@ -234,4 +241,5 @@ def setting_of(row: dict[str, Any]) -> Setting:
         processes,
         row.get("offload", "none"),
         accumulation,
+        row.get("compile", True),
     )

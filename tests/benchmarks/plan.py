@@ -1,4 +1,4 @@
-"""Tables of the plan, as the README shows them: `python -m tests.benchmarks.plan`. Runs anywhere, in a second.
+"""Tables of the plan: `python -m tests.benchmarks.plan`; with `--readme` also into the README. Runs anywhere.
 
 Predicted against measured memory and speed for every run of `configs/measurements/`, and which clusters hold 7B, 13B
 and 70B parameters. Exits with 1 when a prediction of memory is more than 8 % off.
@@ -7,6 +7,7 @@ and 70B parameters. Exits with 1 when a prediction of memory is more than 8 % of
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from tasks.choose import HEADROOM, Choice, Job, choose
 from tasks.hardware import load_hardware, tags
@@ -14,6 +15,7 @@ from tasks.memory import GIB, Setting, host_bytes, predict
 from tasks.model_shape import ModelShape, shape_of
 from tasks.speed import Measured, measured, predict_speed
 
+README = Path(__file__).resolve().parent.parent.parent / "README.md"
 MOST_OFF = 0.08
 FEWEST_OF_A_SWEEP, SWEPT_SEQ_LEN = 4, 4096
 # bf16 weights and gradients, float32 moments, no master copy: bytes a parameter of the textbook's 84 GB for 7B.
@@ -153,14 +155,29 @@ def worst(runs: tuple[Measured, ...]) -> float:
     return max((abs(predict(r.shape, r.setting).total / GIB / r.peak_gib - 1) for r in runs), default=0.0)
 
 
+def tables() -> dict[str, str]:
+    """The README's tables of the plan, by the name of their place in it."""
+    runs = measured()
+    return {"predicted": measured_table(runs), "sweep": sweep_table(runs), "clusters": cluster_table()}
+
+
+def put_into(readme: str) -> str:
+    """The README with the tables as they are now."""
+    for name, table in tables().items():
+        head, _, rest = readme.partition(f"<!-- {name}: -->\n")
+        readme = f"{head}<!-- {name}: -->\n{table}\n<!-- :{name} -->" + rest.partition(f"<!-- :{name} -->")[2]
+    return readme
+
+
 def main() -> int:
     """Print the tables."""
-    runs = measured()
-    print(f"{measured_table(runs)}\n\n{sweep_table(runs)}\n\n{cluster_table()}\n")
-    for run in runs:
+    if "--readme" in sys.argv:
+        README.write_text(put_into(README.read_text()))
+    print("\n\n".join(tables().values()) + "\n")
+    for run in measured():
         parts = predict(run.shape, run.setting)
         print(f"{run.name} ({parts.moment}): " + ", ".join(f"{name} {gib:.1f}" for name, gib in parts.as_gib().items()))
-    return int(worst(runs) > MOST_OFF)
+    return int(worst(measured()) > MOST_OFF)
 
 
 if __name__ == "__main__":

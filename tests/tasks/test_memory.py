@@ -7,7 +7,7 @@ import pytest
 from tasks.memory import GIB, STATE_BYTES, Setting, host_bytes, moments, predict
 from tasks.model_shape import ModelShape, shape_of
 from tasks.speed import Measured, measured
-from tests.benchmarks.plan import CLUSTERS, LLAMA_2, RULE_OF_THUMB, TEXTBOOK, cluster_table, holds, state_gigabytes
+from tests.benchmarks.plan import CLUSTERS, LLAMA_2, RULE_OF_THUMB, TEXTBOOK, holds, put_into, state_gigabytes
 from tests.conftest import ROOT
 
 LLAMA_8B = shape_of({"model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336,
@@ -23,6 +23,10 @@ def gib(setting: Setting, shape: ModelShape = LLAMA_8B) -> float:
 @pytest.mark.parametrize("run", measured(), ids=lambda run: run.name)
 def test_every_measured_peak_is_predicted_within_8_percent(run: Measured) -> None:
     assert gib(run.setting, run.shape) == pytest.approx(run.peak_gib, rel=0.08)
+
+
+def test_there_are_measurements_to_hold_it_to() -> None:
+    assert {run.setting.recompute for run in measured()} >= {"none", "selective", "full", "unsloth"}
 
 
 # --- first principles ------------------------------------------------------------------------------------------------
@@ -97,7 +101,7 @@ def test_which_cluster_holds_which_model(model: str, policy: str, offload: str) 
 
 def test_the_readme_shows_the_tables_as_they_are_now() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert cluster_table() in readme, "run `python -m tests.benchmarks.plan` and put its table in"
+    assert put_into(readme) == readme, "run `python -m tests.benchmarks.plan --readme`"
 
 
 def test_what_a_cluster_holds_is_no_less_with_less_precision() -> None:
