@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -16,7 +17,7 @@ import pytest
 from tasks.stage import is_done, read_artifact
 from tests.conftest import laws, write_lines
 from tests.faults.table import Fault, Table
-from tests.faults.test_signals import TARGETS, num_steps
+from tests.faults.test_signals import PHASES, TARGETS, num_steps
 from tests.faults.world import World, wait_for
 
 pytestmark = pytest.mark.faults
@@ -104,9 +105,9 @@ def test_a_stage_folder_is_deleted(world: World, table: Table, moment: random.Ra
 
 
 @pytest.fixture
-def disk(world: World) -> Iterator[Path]:
+def disk(world: World, request: pytest.FixtureRequest) -> Iterator[Path]:
     """`runs/` on a disk of its own, a tmpfs whose size the test chooses."""
-    world.need("report", "cpu")
+    world.need(request.node.callspec.params.get("group", "cpt"), "cpu")  # before the disk covers the folder
     shutil.rmtree(world.runs, ignore_errors=True)
     world.runs.mkdir()
     if os.geteuid() != 0 or mount("-t", "tmpfs", "-o", "size=64m", "steep", str(world.runs)):
@@ -146,33 +147,60 @@ def used(path: Path) -> int:
     return usage.total - usage.free
 
 
-SWEEP = [*[("prepare", n) for n in range(5)], *[("cpt", n) for n in range(8)], *[("evaluate", n) for n in range(3)],
-         *[("report", n) for n in range(3)]]  # fmt: skip
+SWEEP = {"prepare": 5, "evaluate": 3, "report": 3}
 
 
-@pytest.mark.parametrize(("group", "number"), SWEEP)
+@pytest.mark.parametrize(
+    ("group", "number"), [(group, number) for group, count in SWEEP.items() for number in range(count)]
+)
 def test_the_disk_is_full(
     world: World, table: Table, moment: random.Random, disk: Path, group: str, number: int
 ) -> None:
     """So many bytes are left when the stage begins; every write may be the one that does not fit."""
     fault = table.tried("disk full", group)
     needs = bytes_needed(world, group)
-    share = (number + moment.random()) / sum(one == group for one, _ in SWEEP)  # the sweep covers all of it
+    share = (number + moment.random()) / SWEEP[group]  # the sweep covers all of it
     fill(world, group)
     left = int(needs * share * 0.97)
     began = time.monotonic()
-    (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - left))
+    leave(disk, left)
     code = world.finish(world.drive(group))
-    world.wait_until_gone()
-    print(f"{left:,} of {needs:,} bytes left: exit {code}\n{world.said()[-1500:]}")
-    if code == 0:  # what is cleared at the end (a folder of work) was counted too
-        assert share > 0.5
-    else:
-        assert "the disk is full" in world.said() and "Traceback" not in world.said()
-        assert code == 2
-        assert not any(is_done(one.directory) for one in world.stages(group)[-1:])
+    print(f"{left:,} of {needs:,} bytes were left")
+    if code or share < 0.5:  # what is cleared before the end (a folder of work) was counted too
+        assert_refused(world, group, code)
     (disk / "ballast").unlink()
     recover(world, fault, group, began)
+
+
+@pytest.mark.parametrize("phase", ["training", "training ", "checkpointing", "exporting"])
+def test_the_disk_becomes_full_in_training(
+    world: World, table: Table, moment: random.Random, disk: Path, phase: str
+) -> None:
+    """Somebody else fills it. (A training that begins on so full a disk is refused before its first step.)"""
+    fault = table.tried("disk full", phase.strip())
+    fill(world, "cpt")
+    directory, began = world.plan()["cpt"].directory, time.monotonic()
+    process = world.drive("cpt")
+    assert wait_for(PHASES[phase.strip()].begun(directory, moment), process)
+    leave(disk, moment.choice([0, 4096, moment.randint(0, 200_000)]))
+    assert_refused(world, "cpt", world.finish(process))
+    (disk / "ballast").unlink()
+    recover(world, fault, "cpt", began)
+
+
+def leave(disk: Path, num_bytes: int) -> None:
+    """Fill the disk but for so many bytes, while others may be writing."""
+    with contextlib.suppress(OSError):
+        (disk / "ballast").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - num_bytes)))
+
+
+def assert_refused(world: World, group: str, code: int) -> None:
+    """One message, no traceback, no stage that looks done."""
+    world.wait_until_gone()
+    said = world.said()
+    assert code == 2 and "Traceback" not in said, said[-3000:]
+    assert "the disk is full" in said or "the disk is too small" in said, said[-3000:]
+    assert not all(is_done(one.directory) for one in world.stages(group))
 
 
 @pytest.mark.parametrize("group", ["prepare", "cpt", "evaluate"])
@@ -190,10 +218,11 @@ def test_the_runs_folder_is_read_only(world: World, table: Table, disk: Path, gr
     recover(world, fault, group, began)
 
 
-def test_the_disk_becomes_read_only_in_training(world: World, table: Table, moment: random.Random, disk: Path) -> None:
+@pytest.mark.parametrize("group", ["cpt"])
+def test_the_disk_becomes_read_only(world: World, table: Table, moment: random.Random, disk: Path, group: str) -> None:
     """What a kernel does to a disk that fails. Processes keep their open files, so the remount waits for none."""
     fault = table.tried("disk becomes read-only", "training")
-    fill(world, "cpt")
+    fill(world, group)
     directory = world.plan()["cpt"].directory
     began = time.monotonic()
     process = world.drive("cpt")
