@@ -110,11 +110,11 @@ def clear_unfinished(directory: Path) -> None:
 def moved_share(before: Path, after: Path) -> float:
     """The share of weights that differ from where they started, tensor by tensor; rows that were added do not count."""
     moved = total = 0
-    old_files = _tensor_files(before)
-    for name, file in _tensor_files(after).items():
+    old_files = tensor_files(before)
+    for name, file in tensor_files(after).items():
         if name not in old_files:
             continue
-        new, old = _read(file, name), _read(old_files[name], name)
+        new, old = read_tensor(file, name), read_tensor(old_files[name], name)
         new = new[: old.shape[0]] if new.shape[1:] == old.shape[1:] else new
         assert new.shape == old.shape, f"{name} changed its shape from {tuple(old.shape)} to {tuple(new.shape)}"
         moved += int((new.float() != old.float()).sum())
@@ -122,7 +122,8 @@ def moved_share(before: Path, after: Path) -> float:
     return moved / max(1, total)
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Which file of a folder holds which tensor."""
     found: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
@@ -130,7 +131,8 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _read(file: Path, name: str) -> torch.Tensor:
+def read_tensor(file: Path, name: str) -> torch.Tensor:
+    """One tensor of a file."""
     with safe_open(file, framework="pt") as tensors:
         tensor: torch.Tensor = tensors.get_tensor(name)
     return tensor

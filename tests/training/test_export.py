@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from tasks.errors import UserError
+from tasks.training.deploy import copy_model
 from tasks.training.export import export_model, moved_share, write_weights
 from tests.training.conftest import make_model, make_tokenizer
 
@@ -68,3 +70,18 @@ def test_no_more_than_a_file_is_in_memory(tmp_path: Path) -> None:
     write_weights(tmp_path, stream(), file_bytes=5000)
     assert len(list(tmp_path.glob("model-*.safetensors"))) == 8
     assert 5 <= most <= 7, most
+
+
+def test_a_copy_for_serving_holds_the_same_model_in_bf16(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "before"))
+    folder = export_model(tmp_path, model, make_tokenizer(), parameters(model), [1])
+    copy_model(folder, tmp_path / "bf16", file_bytes=30_000)
+    copy = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16")
+    assert copy.dtype is torch.bfloat16 and len(list((tmp_path / "bf16").glob("*.safetensors"))) > 1
+    assert all(torch.equal(ours, theirs.bfloat16()) for ours, theirs in
+               zip(copy.parameters(), model.parameters(), strict=True))  # fmt: skip
+    assert {file.name for file in folder.iterdir()} <= {file.name for file in (tmp_path / "bf16").iterdir()} | {
+        "model.safetensors"
+    }
+    with pytest.raises(UserError, match="exists"):
+        copy_model(folder, tmp_path / "bf16")

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
+from tasks import launch  # noqa: E402
 from tasks.stage import read_artifact, read_order, write_order  # noqa: E402
 from tasks.training.attention import ISOLATED, attention_plan, isolated_attention  # noqa: E402
 from tasks.training.linear_loss import linear_cross_entropy  # noqa: E402
@@ -148,3 +149,19 @@ def test_two_gpus_then_one_then_two_give_the_curve_of_one(precision: str, tolera
     assert len(counts["resumed_from"]) == 2 and counts["steps"] == 300
     curves = [[line["loss"] for line in read_metrics(stage)] for stage in (straight, moved)]
     assert max(abs(b / a - 1) for a, b in zip(*curves, strict=True)) < tolerance
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_weights_in_the_hosts_memory_learn_the_same(processes: int, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < processes:
+        pytest.skip("needs two GPUs")
+    base = make_model(tmp_path / "base")
+    prepared = make_prepared(tmp_path / "prepare_cpt-test", pack(make_documents(120))[:42])
+    stages = {}
+    for offload in ("none", "cpu"):
+        how = {"device": "cuda", "processes": processes, "offload": offload, "compile": False}
+        stages[offload] = make_stage(tmp_path / offload, base, prepared, how)
+        launch.run_worker("tasks.training", [stages[offload]], read_order(stages[offload]).how, forward=print)
+    assert read_artifact(stages["cpu"])["counts"]["wrapper"] == "FSDP2"
+    here, there = weights(stages["none"]), weights(stages["cpu"])
+    assert max(float((here[name] - there[name]).abs().max()) for name in here) < 2e-4
