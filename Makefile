@@ -20,7 +20,7 @@ help: ## list the targets
 pipeline: $(STAMP) ## prepare, CPT, SFT, evaluate, report; what stands is reused
 	@$(PIPELINE)
 
-plan: $(STAMP) ## print what `make pipeline` would run, and why
+plan: $(STAMP) ## print what `make pipeline` would run, why, and what it takes
 	@$(PIPELINE) --plan
 
 prepare cpt sft evaluate report: $(STAMP) ## run one stage, from what stands before it

@@ -40,9 +40,11 @@ def preflight(plan: dict[str, Planned], wanted: Iterable[str]) -> None:
 def missing_for(plan: dict[str, Planned], wanted: Iterable[str]) -> UserError | None:
     """What this machine lacks for the stages that will run on a GPU."""
     on_gpu = [plan[name] for name in wanted if plan[name].group in ("cpt", "sft", "evaluate") and not plan[name].reused]
-    hows = [planned.order.how for planned in on_gpu]
-    hardware = next((planned.choice.hardware for planned in on_gpu if planned.choice), None)
-    return missing_here(hows[0]["tag"], hardware, hows) if hardware else None
+    hows, choices = [p.order.how for p in on_gpu], [p.choice for p in on_gpu if p.choice]
+    if not choices:
+        return None
+    host_gib = max(choice.host_gib for choice in choices)
+    return missing_here(hows[0]["tag"], choices[0].hardware, hows, host_gib)
 
 
 def rows_for_table(plan: dict[str, Planned]) -> list[dict[str, Any]]:

@@ -46,11 +46,12 @@ def resolve_tag(tag: str) -> tuple[str, Hardware]:
     return _detect(gpus()) if tag == AUTO else (tag, load_hardware(tag))
 
 
-def missing_here(tag: str, hardware: Hardware, hows: list[dict[str, Any]]) -> UserError | None:
-    """What this machine lacks for the tag and the orders of its stages, or None."""
+def missing_here(tag: str, hardware: Hardware, hows: list[dict[str, Any]], host_gib: float = 0.0) -> UserError | None:
+    """What this machine lacks for the tag and the orders of its stages, or None; `host_gib` is what they offload."""
     if hardware.device == "cpu":
         return None
-    return _missing_gpus(tag, hardware, gpus()) or _missing_extras(tag, hardware, hows)
+    missing = _missing_gpus(tag, hardware, gpus()) or _missing_extras(tag, hardware, hows)
+    return missing or _missing_memory(tag, host_gib)
 
 
 def _missing_gpus(tag: str, hardware: Hardware, found: list[Gpu]) -> UserError | None:
@@ -88,6 +89,19 @@ def _missing_extras(tag: str, hardware: Hardware, hows: list[dict[str, Any]]) ->
             return UserError(f"{for_what} needs {package}, which is not installed", where=f"hardware tag {tag}",
                              todo=f"pip install -e '.[{EXTRAS[package]}]'{instead}")  # fmt: skip
     return None
+
+
+def _missing_memory(tag: str, needed_gib: float) -> UserError | None:
+    """Whether what is offloaded fits the host. Linux says how much it has; elsewhere nothing is checked."""
+    pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    has_gib = pages * page_bytes / 2**30
+    if needed_gib <= has_gib:
+        return None
+    return UserError(
+        f"offload: cpu needs {needed_gib:,.0f} GiB of this machine's memory, which has {has_gib:,.0f}",
+        where=f"hardware tag {tag}",
+        todo="spread it over more nodes, or take GPUs that hold it without offload",
+    )
 
 
 # --- auto -------------------------------------------------------------------------------------------------------------
