@@ -66,7 +66,27 @@ def prepare_cluster(home: Path, binaries: Path) -> Cluster:
     cluster = Cluster(data, socket, binaries, user)
     if not (data / "PG_VERSION").exists():
         _initialise(cluster)
+    forget_dead_server(data)
     return cluster
+
+
+def forget_dead_server(data: Path) -> None:
+    """Remove the lock of a server that was killed with its machine, where its number now means another process.
+
+    PostgreSQL asks only whether some process has that number; after a restart one may, and a killed server whose parent
+    was killed too stays a zombie where nobody reaps. A living server keeps its lock.
+    """
+    lock = data / "postmaster.pid"
+    try:
+        pid = int(lock.read_text().split("\n", 1)[0])
+    except (OSError, ValueError):
+        return
+    try:
+        name, state = Path(f"/proc/{pid}/stat").read_text().split("(", 1)[1].rsplit(")", 1)
+    except (OSError, IndexError):  # nobody has it: PostgreSQL sees that itself
+        return
+    if name != "postgres" or state.split()[0] in "ZX":
+        lock.unlink()
 
 
 def as_user(user: str | None, command: list[str]) -> list[str]:

@@ -38,8 +38,9 @@ class House:
 
     def serve(self) -> None:
         """Start `make serve`, also again."""
-        process, url = serve(self.project, self.served.output if self.served else self.project / "serve.out")
-        self.served = Served(self.project, url, process, self.project / "serve.out")
+        output = self.project / f"serve-{time.monotonic_ns()}.out"  # a new one: it is read for the sign that all stands
+        process, url = serve(self.project, output)
+        self.served = Served(self.project, url, process, output)
 
     def of_a_run(self) -> dict[int, str]:
         """Processes of flow runs and of what they started; services are none of them."""
