@@ -12,7 +12,7 @@ PIPELINE := $(RUN) -m flows.pipeline --config $(CONFIG) $(if $(HARDWARE),--hardw
 
 .DEFAULT_GOAL := help
 .PHONY: help setup pipeline plan prepare cpt sft evaluate report serve deploy audit test test-slow
-.PHONY: test-operations test-faults check benchmark benchmark-orchestrator figures base clean
+.PHONY: test-operations test-faults check benchmark benchmark-orchestrator benchmark-gpu figures base clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ benchmark: $(STAMP) ## speed and memory of the preparation against the bare toke
 
 benchmark-orchestrator: $(STAMP) ## what Prefect costs a pipeline and a stage, against workers run by hand
 	@$(RUN) -m tests.benchmarks.orchestrator
+
+benchmark-gpu: $(STAMP) ## speed, memory, equal curves and exact updates on this machine's GPUs (needs the extra unsloth)
+	@$(RUN) -m tests.benchmarks.gpu speed sweep small && $(RUN) -m tests.benchmarks.gpu curves exact --slots 4 --out runs/benchmark-gpu-exact
 
 figures: $(STAMP) ## the README's figures of the embedded example: 3 seeds, replay shares, SFT only
 	@$(RUN) -m data.regulator.figures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,7 +97,8 @@ def test_our_step_of_the_8_bit_optimizer_is_torchaos() -> None:
         different = float((codes[0] != codes[1]).float().mean())
         assert different < 1e-3, f"the states hold no randomness, but {different:.2%} of their codes differ"
         difference = (p.detach() - q.detach()).float()
-        last_bit = 2.0 ** (p.detach().float().abs().clamp(min=1e-8).log2().floor() - 7)
+        # Of the largest value on the way here: a step is 1e-3, so small weights have been larger.
+        last_bit = 2.0 ** ((p.detach().float().abs() + 4e-3).log2().floor() - 7)
         assert (difference.abs() <= 6 * last_bit).all(), "three roundings each, of a last bit at most"
         error = float(difference.mean() / (difference.std() / difference.numel() ** 0.5))
         assert abs(error) < 5, f"roundings are right on average: {error:.1f} standard errors"
@@ -104,8 +106,8 @@ def test_our_step_of_the_8_bit_optimizer_is_torchaos() -> None:
 
 @pytest.mark.parametrize("backend", ["fsdp", "unsloth"])
 def test_a_worker_on_a_gpu_gives_the_cpus_weights_in_float32(backend: str, tmp_path: Path) -> None:
-    if backend == "unsloth":
-        pytest.importorskip("unsloth_zoo", exc_type=Exception)
+    if backend == "unsloth" and importlib.util.find_spec("unsloth") is None:  # importing it here would patch torch
+        pytest.skip("Unsloth is not installed")
     base = make_model(tmp_path / "base")
     prepared = make_prepared(tmp_path / "prepare_cpt-test", pack(make_documents(120))[:42])
     stages = {}

@@ -3,6 +3,8 @@
 Every case runs in a process of its own on GPUs of its own, as many side by side as there are GPUs; peers in the same call
 as ours. Medians after two steps. MFU is model FLOPs (forward and backward, no recomputation; `material.flops_per_token`)
 a second against 790 TFLOP/s, the bf16 matrix rate measured on an H200.
+
+`results.json` is what the plan reads its speeds from: keep it as `configs/measurements/CARD.json`.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,12 +20,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tasks.cards import card_of
+from tests.benchmarks.gpu.case import HOW
 from tests.benchmarks.gpu.material import SHAPES, flops_per_token, make_prepared, mean_context
 from tests.benchmarks.gpu.suites import SUITES, Case
 
 PEAK_FLOPS = 790e12
 COLUMNS = ("name", "tokens_per_second", "mfu", "peak_gib", "reserved_gib", "optimizer_share", "first", "last", "held_out",
            "moved", "wall_seconds", "failed")  # fmt: skip
+WIDTHS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "num_key_value_heads", "head_dim", "tie_word_embeddings")  # fmt: skip
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "unsloth", "torchao", "liger_kernel", "triton")
 
 
@@ -49,6 +56,8 @@ class Runner:
 
     def __init__(self, gpus: list[str], work: Path, out: Path, deadline: float) -> None:
         self.free, self.work, self.out, self.deadline = gpus, work, out, deadline
+        self.card = card_of(_nvidia("name")[0])
+        self.commit = os.environ.get("COMMIT") or _commit()
         self.running: dict[str, tuple[subprocess.Popen[bytes], list[str], Case, float]] = {}
         self.results: list[dict[str, Any]] = []
 
@@ -100,10 +109,11 @@ class Runner:
         self.free += gpus
         path, log = self.work / f"{name}.json", self.out / f"{name}.log"
         if path.exists():
-            result = json.loads(path.read_text())
-            flops = flops_per_token(Path(case["model"]), mean_context(Path(case["prepared"])))
-            result |= {"mfu": round(result["tokens_per_second"] * flops / PEAK_FLOPS, 4),
-                       "first": round(result["losses"][0], 4), "last": round(result["losses"][-1], 4)}  # fmt: skip
+            result = json.loads(path.read_text()) | self._of_the_model(case)
+            result["mfu"] = round(result["tokens_per_second"] * result.pop("flops_per_token") / PEAK_FLOPS, 4)
+            for path_of_this_machine in ("prepared", "save"):
+                result.pop(path_of_this_machine, None)
+            result |= {"first": round(result["losses"][0], 4), "last": round(result["losses"][-1], 4)}
         else:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             errors = [line for line in lines if "Error" in line and "ChildFailed" not in line]
@@ -112,12 +122,26 @@ class Runner:
         print("  ".join(f"{column}={result[column]}" for column in COLUMNS if column in result), flush=True)
         self.write()
 
+    def _of_the_model(self, case: Case) -> dict[str, Any]:
+        """What the plan wants to know of a measured run (tasks/speed.py), beside what the case says itself."""
+        config = json.loads((Path(case["model"]) / "config.json").read_text())
+        flops = flops_per_token(Path(case["model"]), mean_context(Path(case["prepared"])))
+        how = {name: HOW[name] for name in ("backend", "precision", "offload", "compile", "processes")}
+        return (how if case["tool"] == "steep" else {}) | case | {
+            "model": {"name": case["shape"], "config": {name: config[name] for name in WIDTHS if name in config}},
+            "flops_per_token": flops, "card": self.card, "commit": self.commit,
+        }  # fmt: skip
+
     def write(self) -> None:
         """All results so far, with what they came from."""
         versions = {name: _version(name) for name in PACKAGES}
-        said = {"card": _nvidia("name")[0], "gpus": len(_nvidia("name")), "commit": os.environ.get("COMMIT", ""),
-                "versions": versions, "results": self.results}  # fmt: skip
+        said = {"gpus": _nvidia("name"), "versions": versions, "rows": self.results}
         (self.out / "results.json").write_text(json.dumps(said, indent=1) + "\n")
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
 
 
 def _version(package: str) -> str:
@@ -143,6 +167,8 @@ def main() -> None:
     parser.add_argument("--gpus", default="", help="indices, separated by commas; all when empty")
     parser.add_argument("--only", default="", help="cases whose name holds one of these words")
     options = parser.parse_args()
+    if shutil.which("nvidia-smi") is None:
+        sys.exit("error: no GPU here: nvidia-smi is not on the PATH")
     for folder in (options.out, options.work):
         folder.mkdir(parents=True, exist_ok=True)
     gpus = options.gpus.split(",") if options.gpus else _nvidia("index")
