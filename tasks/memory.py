@@ -29,8 +29,6 @@ COEFFICIENTS = {
     # Temporary values while a layer is differentiated, in elements of F: the MLP's product again, and the gradients of
     # the product, of gate and of up. Measured at 65,536 tokens of a 1B model: 4.2.
     "layer_gradients": 4.0,
-    # What is kept of autocast's bf16 copies of a layer's float32 weights.
-    "autocast_copies": 1.0,
     # Layers gathered at a time under FSDP2: the one in work and the next.
     "gathered_layers": 2.0,
 }
@@ -129,11 +127,10 @@ def _autocasts(setting: Setting) -> bool:
 
 
 def _copies(shape: ModelShape, setting: Setting) -> float:
-    """Under autocast the bf16 copies of float32 weights that the backward pass needs."""
+    """Autocast's bf16 copies of float32 weights: of the layer in work; not compiled, all of them are kept."""
     if not _autocasts(setting):
         return 0.0
-    layers = shape.num_layers if setting.recompute == "none" else 1
-    return COEFFICIENTS["autocast_copies"] * 2.0 * shape.layer_parameters * layers
+    return 2.0 * shape.layer_parameters * (1 if setting.compile or setting.recompute != "none" else shape.num_layers)
 
 
 def _gathered(shape: ModelShape, setting: Setting) -> float:
@@ -172,7 +169,8 @@ def _kept_by_a_layer(shape: ModelShape, setting: Setting) -> float:
 
     Compiled: the residual stream before both norms, queries, keys and values, the attention's output and its
     statistics, gate and up; norms, rotations and the MLP's product are computed again (tasks/training/recompute.py).
-    Not compiled also the norms' values in float32, normalised and scaled, heads repeated, and two more of the MLP.
+    Not compiled also the norms' values in float32, normalised and scaled, heads repeated, the attention's output in
+    another layout, and two more of the MLP.
     """
     product, stream = _product_bytes(setting), _stream_bytes(setting)
     elements = 2 * shape.queries + 2 * shape.keys + 2 * shape.mlp
@@ -180,7 +178,7 @@ def _kept_by_a_layer(shape: ModelShape, setting: Setting) -> float:
     if not setting.compile:
         widened = 4.0 if product < 4 else 0.0
         a_token += 2 * shape.hidden * (2 * product + widened)
-        a_token += (2 * (shape.queries - shape.keys) + 2 * shape.mlp) * product
+        a_token += (2 * (shape.queries - shape.keys) + shape.queries + 2 * shape.mlp) * product
     return setting.tokens * a_token
 
 

@@ -26,7 +26,8 @@ RECOMPUTE_SPEED = {"none": 1.0, "selective": 0.9, "full": 0.85, "unsloth": 0.78}
 PRECISION_SPEED = {"fp32": 0.1, "fp32-master": 1.0, "bf16-stochastic": 1.0, "bf16": 1.0}  # no TF32 in fp32
 REACHED_MFU = 0.74  # 1B to 8B Llama on an H200, everything kept: what stands in for an empty folder of measurements
 OPTIMIZER_SECONDS_A_PARAMETER = {"fp32": 8e-12, "fp32-master": 8e-12, "bf16-stochastic": 1.9e-11, "bf16": 4e-12}
-LAYER_SECONDS = 1e-3  # a layer's forward and backward pass takes no less, however small: its kernels have to be started
+LAYER_SECONDS = 3e-3  # a layer's passes take no less, however small: its kernels have to be started (100M: 3 to 6 ms)
+LEAST_TELLING_MFU = 0.3
 HALF_SPEED_TOKENS = 500.0  # a micro-batch of so few tokens would run at half the speed of a large one
 
 
@@ -62,6 +63,11 @@ class Measured:
         """MFU of the forward and backward passes, the optimizer left out."""
         flops = self.tokens_per_second * self.shape.flops_per_token(MEAN_CONTEXT)
         return flops / (1 - self.optimizer_share) / matrix_flops(self.card)
+
+    @property
+    def tells_speed(self) -> bool:
+        """A small model's speed is that of starting kernels, and says nothing about others."""
+        return self.passes_mfu >= LEAST_TELLING_MFU * PRECISION_SPEED[self.setting.precision]
 
 
 @cache
@@ -109,7 +115,7 @@ def _most_alike(shape: ModelShape, setting: Setting, runs: tuple[Measured, ...])
             + 0.1 * abs(math.log2(setting.tokens / other.tokens))
         )
 
-    return min(runs, key=distance, default=None)
+    return min((run for run in runs if run.tells_speed), key=distance, default=None)
 
 
 def _mfu(setting: Setting, alike: Measured | None) -> float:
