@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,9 +90,11 @@ class _Wandb:
         self.run.finish()
 
 
-class _Mlflow:
+class _Mlflow(_Wandb):
     def __init__(self, directory: Path) -> None:
         mlflow = _package("mlflow")
+        self.metric = mlflow.entities.Metric
+        self.line, self.step = {}, 0
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{directory.parent.resolve() / 'mlflow.db'}"
         self.client = mlflow.MlflowClient(tracking_uri=uri)
         found = self.client.get_experiment_by_name(PROJECT)
@@ -100,15 +103,16 @@ class _Mlflow:
         runs = self.client.search_runs([experiment], same, max_results=1)
         self.run_id = (runs or [self.client.create_run(experiment, run_name=directory.name)])[0].info.run_id
 
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        """One point."""
-        self.client.log_metric(self.run_id, name, value, step=step)
-
     def flush(self) -> None:
-        """Nothing waits."""
+        """Send the step in one transaction: point by point a small model trained at a third of its speed."""
+        now_ms = int(time.time() * 1000)
+        if points := [self.metric(name, value, now_ms, self.step) for name, value in self.line.items()]:
+            self.client.log_batch(self.run_id, metrics=points)
+        self.line = {}
 
     def close(self) -> None:
-        """Mark the run as ended."""
+        """Send the rest and mark the run as ended."""
+        self.flush()
         self.client.set_terminated(self.run_id)
 
 

@@ -30,6 +30,11 @@ def test_a_training_in_two_parts_leaves_one_set_of_curves(
     written = {"tensorboard": directory / "tensorboard", "wandb": directory / "wandb",
                "mlflow": tmp_path / "runs" / "mlflow.db", "trackio": tmp_path / "trackio"}[name]  # fmt: skip
     assert written.exists()
+    if name == "mlflow":
+        import sqlite3
+
+        points = sqlite3.connect(written).execute("select step, value from metrics where key = 'loss' order by step")
+        assert points.fetchall() == [(step, 1 / step) for step in range(1, 7)]
     if name == "tensorboard":
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
