@@ -26,7 +26,7 @@ RECOMPUTE_SPEED = {"none": 1.0, "selective": 0.9, "full": 0.85, "unsloth": 0.78}
 PRECISION_SPEED = {"fp32": 0.1, "fp32-master": 1.0, "bf16-stochastic": 1.0, "bf16": 1.0}  # no TF32 in fp32
 REACHED_MFU = 0.74  # 1B to 8B Llama on an H200, everything kept: what stands in for an empty folder of measurements
 OPTIMIZER_SECONDS_A_PARAMETER = {"fp32": 8e-12, "fp32-master": 8e-12, "bf16-stochastic": 1.9e-11, "bf16": 4e-12}
-LAYER_SECONDS = 3e-3  # a layer's passes take no less, however small: its kernels have to be started (100M: 3 to 6 ms)
+LAYER_SECONDS = 2e-3  # a layer's passes take no less, however small: its kernels are started one by one. An estimate
 LEAST_TELLING_MFU = 0.3
 HALF_SPEED_TOKENS = 500.0  # a micro-batch of so few tokens would run at half the speed of a large one
 

@@ -92,18 +92,18 @@ def measured_table(runs: tuple[Measured, ...]) -> str:
     ]
     for run in runs:
         gib = predict(run.shape, run.setting).total / GIB
-        lines.append(f"| {run.name} | {run.peak_gib:.1f} | {gib:.1f} | {gib / run.peak_gib - 1:+.1%} | "
-                     f"{run.tokens_per_second:,.0f} | {_speed_from_others(run, runs)} |")  # fmt: skip
+        speed = _speed_from_others(run, runs)
+        lines.append(f"| {run.name} | {run.peak_gib:.1f} | {gib:.1f} | {gib / run.peak_gib - 1:+.1%} | {speed} |")
     return "\n".join(lines)
 
 
 def _speed_from_others(run: Measured, runs: tuple[Measured, ...]) -> str:
     if not run.tells_speed:
-        return "too small | "
+        return "not timed | | "
     others = tuple(other for other in runs if other is not run)
     speed = predict_speed(run.shape, run.setting, run.card, run.rows_per_step, others)
     rate = speed.tokens_per_second / run.setting.world_size
-    return f"{rate:,.0f} | {rate / run.tokens_per_second - 1:+.1%}"
+    return f"{run.tokens_per_second:,.0f} | {rate:,.0f} | {rate / run.tokens_per_second - 1:+.1%}"
 
 
 def sweeps(runs: tuple[Measured, ...]) -> dict[tuple[str, str], list[Measured]]:
