@@ -20,7 +20,7 @@ from tests.faults.table import Fault, Table
 from tests.faults.test_signals import PHASES, TARGETS, num_steps
 from tests.faults.world import World, wait_for
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 MEGABYTE = 1_000_000
 
 

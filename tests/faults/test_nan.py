@@ -15,7 +15,7 @@ from tests.training.conftest import make_stage, run_worker
 from tests.training.test_health import BAD_ROW, SKIP, STOP, poisoned
 
 __all__ = ["poisoned"]
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 EVERY_5 = {"checkpoint": {"every_steps": 5, "every_minutes": None, "keep_last": 2}, "processes": 2}
 
 

@@ -35,6 +35,7 @@ TARGETS = {
 }
 NAMES = {"worker": "the worker (trainer, tokenizer, evaluator)", "starter": "whoever started the stage", "flow": "the flow's process",
          "guard": "the guard", "torchrun": "torchrun", "rank": "one rank of two"}  # fmt: skip
+pytestmark = pytest.mark.timeout(1800)  # on a machine that others keep busy, a start takes a minute
 STEPS, WARMUP = 128, 26
 
 

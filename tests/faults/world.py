@@ -19,7 +19,7 @@ from tasks.stage import file_sha256, is_done
 from tests.conftest import ROOT
 
 MARK = "FAULTS_MARK"  # not STEEP_...: what starts a server drops those
-SECONDS_FOR_A_COMMAND = 300.0
+SECONDS_FOR_A_COMMAND = 600.0
 SECONDS_TO_VANISH = 30.0  # the guard's grace is 20
 GROUPS = ("prepare", "cpt", "sft", "evaluate", "report")
 # What a finished stage may hold; anything else was left behind.
@@ -198,7 +198,7 @@ def listen_to_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], seconds: float = 120.0) -> bool:
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], seconds: float = 400.0) -> bool:
     """Poll until something is true of a running command; False when it ended first."""
     deadline = time.monotonic() + seconds
     while not condition():
