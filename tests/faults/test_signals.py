@@ -212,7 +212,9 @@ def strike(
     """
     where, (parts, without) = PHASES[phase], TARGETS[target]
     for patience in (1.0, 0.5, 0.1):
-        directory = moment.choice([one for one in stages if not is_done(one.directory)] or stages).directory
+        open_ones = [one for one in stages if not is_done(one.directory)] or stages
+        # Several models are evaluated by one process, which logs to the first one's directory.
+        directory = (open_ones[0] if where.group == "evaluate" else moment.choice(open_ones)).directory
         began = time.monotonic()
         process = start(where.group, tag)
         if wait_for(where.begun(directory, moment), process):
