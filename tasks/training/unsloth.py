@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.errors import UserError
 from tasks.training.fsdp import full_tensors, rank, see_one_gpu, set_threads, world_size
+from tasks.trust import trusted
 
 if TYPE_CHECKING:
     from tasks.training.precision import Precision
@@ -53,12 +54,12 @@ def start_process(how: dict[str, Any]) -> None:
 
 def load_model(folder: Path, precision: Precision, seq_len: int, how: dict[str, Any]) -> Any:
     """The model on the GPU, every weight trainable, in the policy's dtype."""
-    from transformers import AutoConfig
     from unsloth import FastLanguageModel
 
     from tasks.training.attention import choose_attention
+    from tasks.training.model import read_config
 
-    implementation = choose_attention(AutoConfig.from_pretrained(folder), seq_len)
+    implementation = choose_attention(read_config(folder), seq_len)
     model, _ = FastLanguageModel.from_pretrained(
         str(folder),
         max_seq_length=seq_len,
@@ -69,6 +70,7 @@ def load_model(folder: Path, precision: Precision, seq_len: int, how: dict[str, 
         use_gradient_checkpointing="unsloth" if how.get("recompute") == "unsloth" else False,
         use_exact_model_name=True,  # no mapping of names to Unsloth's mirrors
         local_files_only=True,
+        trust_remote_code=trusted(),
     )
     model.set_attn_implementation(implementation)
     for trace in ("model_name", "unsloth_version"):  # a path of this machine, and a version: neither is the model's
