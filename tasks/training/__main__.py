@@ -61,6 +61,8 @@ def main(directory: Path) -> int:
             sweep(directory)
             leave_error(directory, error)
         else:  # torchrun ends everybody as soon as one has ended: leave rank 0 the time to write
+            if os.environ.get("LOCAL_RANK") == "0":  # another node's: its agent passes it on, if rank 0 has none
+                print(error.render(), flush=True)
             with suppress(Preempted):
                 time.sleep(SECONDS_FOR_RANK_0)
         return EXIT_USER_ERROR
