@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ PRECISION_SPEED = {"fp32": 0.1, "fp32-master": 1.0, "bf16-stochastic": 1.0, "bf1
 REACHED_MFU = 0.74  # 1B to 8B Llama on an H200, everything kept: what stands in for an empty folder of measurements
 OPTIMIZER_SECONDS_A_PARAMETER = {"fp32": 8e-12, "fp32-master": 8e-12, "bf16-stochastic": 1.9e-11, "bf16": 4e-12}
 LAYER_SECONDS = 2e-3  # a layer's passes take no less, however small: its kernels are started one by one. An estimate
+SHARDED_SPEED = 0.87  # 8B with float32 master weights on two H200s over NVLink against one; between nodes not measured
 LEAST_TELLING_MFU = 0.3
 HALF_SPEED_TOKENS = 500.0  # a micro-batch of so few tokens would run at half the speed of a large one
 
@@ -90,13 +91,15 @@ def predict_speed(
     shape: ModelShape, setting: Setting, card: str, rows_per_step: int, runs: tuple[Measured, ...] | None = None
 ) -> Speed:
     """Speed of a stage on all its GPUs."""
-    alike = _most_alike(shape, setting, measured() if runs is None else runs)
-    mfu = _mfu(setting, alike)
+    runs = measured() if runs is None else runs
+    kept = replace(setting, recompute="none")
+    alike, alike_kept = (_most_alike(shape, one, runs) for one in (setting, kept))
+    mfu = min(_mfu(setting, alike), _mfu(kept, alike_kept))  # whatever they are scaled from: recompute gains nothing
     # A compiled micro-batch is filled up to its size, so rows that do not divide cost as much as full ones.
     tokens = setting.accumulation * setting.tokens
     seconds = tokens * shape.flops_per_token(MEAN_CONTEXT) / (mfu * matrix_flops(card))
     seconds = max(seconds, setting.accumulation * shape.num_layers * LAYER_SECONDS)
-    seconds += _optimizer_seconds(setting, alike) * shape.parameters / setting.world_size
+    seconds += _optimizer_seconds(setting, alike_kept) * shape.parameters / setting.world_size
     return Speed(rows_per_step * setting.seq_len / seconds, seconds, alike.name if alike else "")
 
 
@@ -126,7 +129,8 @@ def _mfu(setting: Setting, alike: Measured | None) -> float:
 
 def _factor(setting: Setting) -> float:
     full_batch = setting.tokens / (setting.tokens + HALF_SPEED_TOKENS)
-    return RECOMPUTE_SPEED[setting.recompute] * PRECISION_SPEED[setting.precision] * full_batch
+    sharded = SHARDED_SPEED if setting.world_size > 1 else 1.0
+    return RECOMPUTE_SPEED[setting.recompute] * PRECISION_SPEED[setting.precision] * full_batch * sharded
 
 
 def _optimizer_seconds(setting: Setting, alike: Measured | None) -> float:

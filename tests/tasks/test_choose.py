@@ -143,6 +143,16 @@ def test_a_measured_run_predicts_itself() -> None:
         assert predicted / run.setting.world_size == pytest.approx(run.tokens_per_second, rel=0.02)
 
 
+@pytest.mark.parametrize("job", [JOB_1B, JOB_8B])
+@pytest.mark.parametrize("backend", ["fsdp", "unsloth"])
+def test_computing_again_is_never_predicted_to_be_faster(job: Job, backend: str) -> None:
+    for precision in ("fp32-master", "bf16-stochastic"):
+        setting = Setting(backend, precision, "none", 2, 4096, accumulation=8)
+        kept = predict_speed(job.shape, setting, "h200", 16).tokens_per_second
+        for recompute in ("selective", "full"):
+            assert predict_speed(job.shape, replace(setting, recompute=recompute), "h200", 16).tokens_per_second <= kept
+
+
 def test_rows_that_do_not_divide_cost_as_much_as_full_micro_batches() -> None:
     setting = Setting("fsdp", "bf16-stochastic", "none", 4, 4096, accumulation=2)
     five, eight = (predict_speed(LLAMA_8B, setting, "h200", rows, ()) for rows in (5, 8))
