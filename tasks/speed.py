@@ -53,6 +53,7 @@ class Measured:
     peak_gib: float
     optimizer_share: float
     rows_per_step: int
+    valid: tuple[str, ...] = ("speed", "memory")  # what it may be used for: not its speed where the GPU was shared
 
     @property
     def step_seconds(self) -> float:
@@ -68,7 +69,7 @@ class Measured:
     @property
     def tells_speed(self) -> bool:
         """A small model's speed is that of starting kernels, and says nothing about others."""
-        return self.passes_mfu >= LEAST_TELLING_MFU * PRECISION_SPEED[self.setting.precision]
+        return "speed" in self.valid and self.passes_mfu >= LEAST_TELLING_MFU * PRECISION_SPEED[self.setting.precision]
 
 
 @cache
@@ -83,8 +84,9 @@ def measured(folder: Path = MEASUREMENTS) -> tuple[Measured, ...]:
 
 def _measured(row: dict[str, Any]) -> Measured:
     shape, setting = shape_of(row["model"]["config"]), setting_of(row)
+    valid = tuple(row.get("valid", ("speed", "memory")))
     return Measured(row["name"], shape, setting, row["card"], row["tokens_per_second"], row["peak_gib"],
-                    row.get("optimizer_share", 0.0), row["rows_per_step"])  # fmt: skip
+                    row.get("optimizer_share", 0.0), row["rows_per_step"], valid)  # fmt: skip
 
 
 def predict_speed(

@@ -14,10 +14,11 @@ from tasks.hardware import load_hardware, tags
 from tasks.memory import GIB, Setting, host_bytes, predict
 from tasks.model_shape import ModelShape, shape_of
 from tasks.speed import Measured, measured, predict_speed
+from tests.benchmarks.gpu import tables as gpu
 
 README = Path(__file__).resolve().parent.parent.parent / "README.md"
 MOST_OFF = 0.08
-FEWEST_OF_A_SWEEP, SWEPT_SEQ_LEN = 4, 4096
+FEWEST_OF_A_SWEEP, SWEPT_SEQ_LEN = 3, 4096
 # bf16 weights and gradients, float32 moments, no master copy: bytes a parameter of the textbook's 84 GB for 7B.
 RULE_OF_THUMB = (2.0, 2.0, 8.0)
 
@@ -91,9 +92,14 @@ def measured_table(runs: tuple[Measured, ...]) -> str:
         "|---" * 7 + "|",
     ]
     for run in runs:
-        gib = predict(run.shape, run.setting).total / GIB
+        gib, known = predict(run.shape, run.setting).total / GIB, "memory" in run.valid
         speed = _speed_from_others(run, runs)
-        lines.append(f"| {run.name} | {run.peak_gib:.1f} | {gib:.1f} | {gib / run.peak_gib - 1:+.1%} | {speed} |")
+        peak = (
+            f"{run.peak_gib:.1f} | {gib:.1f} | {gib / run.peak_gib - 1:+.1%}"
+            if known
+            else f"not measured | {gib:.1f} | "
+        )
+        lines.append(f"| {run.name} | {peak} | {speed} |")
     return "\n".join(lines)
 
 
@@ -109,7 +115,7 @@ def _speed_from_others(run: Measured, runs: tuple[Measured, ...]) -> str:
 def sweeps(runs: tuple[Measured, ...]) -> dict[tuple[str, str], list[Measured]]:
     """(tag, model) -> the settings of it that were measured, where there are enough to choose from; the fastest first."""
     found: dict[tuple[str, str], list[Measured]] = {}
-    for run in runs:
+    for run in [run for run in runs if "speed" in run.valid]:
         for tag in tags():
             row, setting = load_hardware(tag), run.setting
             here = (row.backend, row.world_size, row.card) == (setting.backend, setting.world_size, run.card)
@@ -146,9 +152,8 @@ def sweep_table(runs: tuple[Measured, ...]) -> str:
             text = f"{own.precision}, {own.recompute}, {own.microbatch_rows} rows"
             text = f"**{text}** (chosen)" if is_chosen(run, choice) else text
             share = run.tokens_per_second / group[0].tokens_per_second
-            lines.append(
-                f"| {tag} | {model} | {text} | {run.tokens_per_second:,.0f} | {share:.0%} | {run.peak_gib:.1f} |"
-            )
+            peak = f"{run.peak_gib:.1f}" if "memory" in run.valid else ""
+            lines.append(f"| {tag} | {model} | {text} | {run.tokens_per_second:,.0f} | {share:.0%} | {peak} |")
         if not any(is_chosen(run, choice) for run in group):
             lines.append(
                 f"| {tag} | {model} | **{choice.say()}** (chosen, not measured) | | | {choice.gib:.1f} predicted |"
@@ -158,13 +163,17 @@ def sweep_table(runs: tuple[Measured, ...]) -> str:
 
 def worst(runs: tuple[Measured, ...]) -> float:
     """The largest share by which a prediction of memory is off."""
-    return max((abs(predict(r.shape, r.setting).total / GIB / r.peak_gib - 1) for r in runs), default=0.0)
+    return max(
+        (abs(predict(r.shape, r.setting).total / GIB / r.peak_gib - 1) for r in runs if "memory" in r.valid),
+        default=0.0,
+    )
 
 
 def tables() -> dict[str, str]:
     """The README's tables of the plan, by the name of their place in it."""
     runs = measured()
-    return {"predicted": measured_table(runs), "sweep": sweep_table(runs), "clusters": cluster_table()}
+    of_the_plan = {"predicted": measured_table(runs), "sweep": sweep_table(runs), "clusters": cluster_table()}
+    return of_the_plan | gpu.tables()
 
 
 def put_into(readme: str) -> str:
