@@ -142,7 +142,9 @@ def _row_counts(hardware: Hardware, job: Job) -> list[int]:
 
 
 def _compile(hardware: Hardware) -> dict[str, bool]:
-    return {"compile": hardware.device == "cuda" if hardware.compile is None else hardware.compile}
+    """On GPUs, but for float32: its attention has another shape with every micro-batch, and each would be compiled."""
+    by_default = hardware.device == "cuda" and hardware.precision != "fp32"
+    return {"compile": by_default if hardware.compile is None else hardware.compile}
 
 
 def _on_cpu(hardware: Hardware) -> Hardware:

@@ -47,6 +47,11 @@ def test_what_is_chosen_is_concrete_leaves_room_and_is_the_fastest(tag: str) -> 
     assert best.speed and best.speed.tokens_per_second >= 0.95 * fastest
 
 
+def test_float32_on_a_gpu_is_not_compiled() -> None:
+    exact = load_hardware("1xh200-fsdp").model_copy(update={"precision": "fp32"})
+    assert choose("1xh200-fsdp", exact, JOB_1B).how["compile"] is False
+
+
 def test_float32_master_weights_where_they_fit_and_else_stochastic_rounding() -> None:
     assert chosen("2xh200", JOB_8B).how["precision"] == "fp32-master"
     assert chosen("1xa100-80gb", JOB_8B).how["precision"] == "bf16-stochastic"
