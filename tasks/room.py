@@ -8,8 +8,6 @@ from tasks.disk import free_bytes
 from tasks.errors import UserError
 from tasks.memory import STATE_BYTES
 
-EXPORT_BYTES_A_PARAMETER = 4  # always float32
-
 
 def checkpoint_bytes(num_parameters: int, precision: str) -> float:
     """One checkpoint: weights and the optimizer's states."""
@@ -18,8 +16,9 @@ def checkpoint_bytes(num_parameters: int, precision: str) -> float:
 
 
 def stage_bytes(num_parameters: int, precision: str, keep_last: int) -> float:
-    """What a stage needs at most."""
-    return checkpoint_bytes(num_parameters, precision) * (keep_last + 1) + num_parameters * EXPORT_BYTES_A_PARAMETER
+    """What a stage needs at most; the export keeps the weights' dtype."""
+    export = num_parameters * STATE_BYTES[precision][0]
+    return checkpoint_bytes(num_parameters, precision) * (keep_last + 1) + export
 
 
 def check_disk(directory: Path, num_parameters: int, precision: str, keep_last: int) -> None:

@@ -39,6 +39,15 @@ def test_a_large_model_is_written_in_several_files_with_an_index(tmp_path: Path,
     assert moved_share(before, folder) == 0
 
 
+def test_what_was_trained_in_bf16_says_so_and_rounding_on_loading_is_no_move(tmp_path: Path) -> None:
+    before = make_model(tmp_path / "before")  # float32
+    model = AutoModelForCausalLM.from_pretrained(before, dtype=torch.bfloat16)
+    folder = export_model(tmp_path, model, make_tokenizer(), parameters(model), [1])
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    assert moved_share(before, folder) == 0
+
+
 def test_fused_experts_are_exported_under_the_names_of_their_architecture(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(
