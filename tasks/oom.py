@@ -15,7 +15,7 @@ from tasks.choose import Choice, predicted
 from tasks.errors import UserError
 from tasks.stage import OOM
 
-LESS = {"none": "selective", "selective": "full", "unsloth": "full"}  # the recompute that keeps less
+LESS = {"none": "selective", "selective": "full"}  # the recompute that keeps less; Unsloth's keeps least
 
 
 class OutOfMemory(RuntimeError):
@@ -63,19 +63,24 @@ def say_rows(rows: int) -> str:
     return f"{rows} row{'s' if rows != 1 else ''} a micro-batch"
 
 
+def _smaller(how: dict[str, Any]) -> list[str]:
+    """Each setting of a row that takes less, alone."""
+    rows, recompute = int(how.get("microbatch_rows", 1)), how.get("recompute", "none")
+    less = LESS | ({"full": "unsloth"} if how.get("backend") == "unsloth" else {})
+    steps = [f"microbatch_rows: {rows // 2}"] if rows > 1 else []
+    if recompute in less:
+        steps.append(f"recompute: {less[recompute]}")
+    if how.get("device") == "cuda" and how.get("offload") != "cpu":  # the 8-bit optimizer does not run in host memory
+        if how.get("precision") in ("fp32", "fp32-master"):
+            steps.append("precision: bf16-stochastic")
+        if how.get("backend") == "fsdp":
+            steps.append("offload: cpu")
+    return steps
+
+
 def refusal(stage: str, record: dict[str, Any], how: dict[str, Any]) -> UserError:
     """The error of a stage that does not go on by itself, with the next setting."""
-    rows, recompute = int(how.get("microbatch_rows", 1)), how.get("recompute", "none")
-    steps = []
-    if rows > 1:
-        steps.append(f"microbatch_rows: {rows // 2}")
-    if recompute in LESS:
-        steps.append(f"recompute: {LESS[recompute]}")
-    if how.get("precision") in ("fp32", "fp32-master") and how.get("device") == "cuda":
-        steps.append("precision: bf16-stochastic")
-    if how.get("backend") == "fsdp" and how.get("offload") != "cpu" and how.get("device") == "cuda":
-        steps.append("offload: cpu")
-    allowed = ", or ".join(steps) if steps else "nothing smaller on this machine: take more GPUs, or larger ones"
+    allowed = ", or ".join(_smaller(how)) or "nothing smaller on this machine: take more GPUs, or larger ones"
     retry = "" if how.get("on_oom") == "retry" else "; with `on_oom: retry` the stage halves its micro-batch by itself"
     return UserError(
         describe(stage, record),

@@ -76,3 +76,22 @@ def test_a_worker_that_could_not_write_is_understood_by_its_exit_code() -> None:
     text = str(refusal("sft", {}, {"microbatch_rows": 1, "recompute": "full", "on_oom": "retry"}))
     assert "sft ran out of GPU memory: what it took is not known" in text
     assert "more GPUs" in text
+
+
+@pytest.mark.parametrize(
+    ("how", "smaller"),
+    [
+        ({"backend": "unsloth", "recompute": "full"}, "recompute: unsloth"),
+        (
+            {"backend": "unsloth", "recompute": "unsloth"},
+            "nothing smaller on this machine: take more GPUs, or larger ones",
+        ),
+        ({"backend": "fsdp", "recompute": "full", "precision": "bf16-stochastic"}, "offload: cpu"),
+        (
+            {"backend": "fsdp", "recompute": "selective", "precision": "fp32-master", "offload": "cpu"},
+            "recompute: full",
+        ),
+    ],
+)
+def test_what_is_advised_takes_less_and_is_allowed(how: dict[str, str], smaller: str) -> None:
+    assert refusal("cpt", {}, {"device": "cuda", "microbatch_rows": 1, **how}).allowed == smaller
