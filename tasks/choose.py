@@ -24,6 +24,7 @@ HEADROOM = 0.06  # of a GPU's memory: its context, fragmentation, and what the p
 MASTER_IS_WORTH = 0.05
 FULL_MICROBATCH_TOKENS = 16_384  # more rows at a time gain nothing
 CPU_ROWS = 4
+RANKING_CARD = "h200"  # settings of a card that is not in tasks/cards.py are ranked as on this one; no time is said
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def predicted(hardware: Hardware, job: Job) -> Choice:
     accumulation = math.ceil(job.rows_per_step / (rows * hardware.world_size))
     setting = Setting(hardware.backend, hardware.precision, hardware.recompute, rows, job.seq_len, hardware.world_size,
                       hardware.offload, accumulation, bool(hardware.compile))  # fmt: skip
-    speed = predict_speed(job.shape, setting, hardware.card, job.rows_per_step) if hardware.card else None
+    speed = predict_speed(job.shape, setting, hardware.card or RANKING_CARD, job.rows_per_step)
     return Choice(hardware, job, setting, predict(job.shape, setting), speed)
 
 
@@ -121,7 +122,8 @@ def fastest_that_fits(candidates: list[Choice], hardware: Hardware) -> Choice | 
 
 
 def _tokens_per_second(choice: Choice) -> float:
-    return choice.speed.tokens_per_second if choice.speed else -choice.gib
+    assert choice.speed, "of settings that were predicted"
+    return choice.speed.tokens_per_second
 
 
 def _precisions(hardware: Hardware) -> list[str]:
@@ -158,7 +160,7 @@ def _as_said(tag: str, hardware: Hardware) -> Hardware:
     open_keys = [name for name in ("precision", "recompute", "microbatch_rows") if getattr(hardware, name) == "auto"]
     if open_keys:
         raise UserError(
-            "the model's config does not say its widths as Llama, Qwen, Mistral and Gemma do, so nothing can be chosen",
+            "nothing can be planned for this model: it is no dense decoder with a config as Llama, Qwen, Mistral and Gemma",
             where=f"{HARDWARE_FILE}, key {tag}",
             todo=f"give {', '.join(open_keys)} in the tag's row",
         )

@@ -84,7 +84,7 @@ def _time(planned: Planned) -> str:
     choice = planned.choice
     assert choice is not None
     assert choice.job is not None
-    if choice.speed is None:
+    if choice.speed is None or choice.hardware.card is None:
         return "no time predicted: the card is not in tasks/cards.py"
     rate, tokens = choice.speed.tokens_per_second, _tokens(planned)
     mfu = _mfu(choice.hardware, choice.job.shape.flops_per_token(MEAN_CONTEXT), rate)

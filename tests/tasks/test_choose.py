@@ -47,6 +47,11 @@ def test_what_is_chosen_is_concrete_leaves_room_and_is_the_fastest(tag: str) -> 
     assert best.speed and best.speed.tokens_per_second >= 0.95 * fastest
 
 
+def test_a_card_that_nobody_knows_gets_the_settings_of_one_that_is_known() -> None:
+    unknown = load_hardware("1xh200-fsdp").model_copy(update={"card": None})
+    assert choose("1xgpu-139gb", unknown, JOB_8B).how == chosen("1xh200-fsdp", JOB_8B).how
+
+
 def test_float32_on_a_gpu_is_not_compiled() -> None:
     exact = load_hardware("1xh200-fsdp").model_copy(update={"precision": "fp32"})
     assert choose("1xh200-fsdp", exact, JOB_1B).how["compile"] is False
