@@ -14,7 +14,7 @@ from typing import Any
 
 from tasks.cards import card_of
 from tasks.errors import UserError
-from tasks.hardware import AUTO, Hardware, load_hardware, tags
+from tasks.hardware import AUTO, HARDWARE_FILE, Hardware, load_hardware, tags
 
 QUERY = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
 TIMEOUT_SECONDS = 30
@@ -134,7 +134,11 @@ def _row_for(found: list[Gpu], backend: str) -> tuple[str, Hardware]:
     cards = {card_of(gpu.name) for gpu in found}
     card = cards.pop() if len(cards) == 1 else None
     pool = "gpu-single" if len(found) == 1 else "gpu-multi"
+    if least.memory_gib <= UNUSABLE_GIB:
+        raise UserError(f"nvidia-smi does not say the memory of the {least.name}", where=f"hardware tag {AUTO}",
+                        todo=f"write a row with its memory_gib into {HARDWARE_FILE}")  # fmt: skip
     tag = f"{len(found)}x{card or 'gpu'}-{round(least.memory_gib)}gb"
+    tag += f"-{backend}" if tag in tags() else ""  # that row is for the other backend
     memory_gib = round(least.memory_gib - UNUSABLE_GIB, 1)
     row = Hardware(
         backend=backend, device="cuda", processes=len(found), card=card, memory_gib=memory_gib, work_pool=pool

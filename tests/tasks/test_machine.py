@@ -136,6 +136,7 @@ def test_auto_takes_the_tag_of_the_machine(
     [
         (["NVIDIA H200"] * 3, "3xh200-140gb", "h200"),
         (["NVIDIA L4"], "1xl4-22gb", "l4"),
+        (["NVIDIA A100-SXM4-80GB"], "1xa100-80gb-fsdp", "a100"),  # without Unsloth, which the row 1xa100-80gb wants
         (["NVIDIA H200", "NVIDIA L4"], "2xgpu-22gb", None),
         (["NVIDIA Strange 9000"] * 2, "2xgpu-48gb", None),
     ],
@@ -148,6 +149,13 @@ def test_auto_describes_a_machine_that_no_row_describes(
     assert found == tag and row.card == card and row.processes == len(names) and row.backend == "fsdp"
     assert row.memory_gib is not None and row.memory_gib < min(MIB[name] for name in names) / 1024
     assert missing_here(found, row, []) is None
+
+
+def test_a_gpu_that_does_not_say_its_memory_is_told(plug: Plug, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MIB, "NVIDIA GB10", "[N/A]")  # type: ignore[arg-type]
+    plug("NVIDIA GB10")
+    with pytest.raises(UserError, match="does not say the memory of the NVIDIA GB10"):
+        resolve_tag("auto")
 
 
 def test_a_run_is_refused_before_anything_starts(
