@@ -21,6 +21,7 @@ MAX_HEADER_BYTES = 100_000_000
 NORMS_A_LAYER = {"gemma2": 4, "gemma3_text": 4, "gemma3": 4}  # the others: before the attention and before the MLP
 NORMS_OF_QUERIES_AND_KEYS = ("qwen3", "gemma3_text", "gemma3")
 BIASES_OF_QUERIES_KEYS_VALUES = ("qwen2",)
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # in place of one MLP a layer
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,9 @@ def shape_of(config: dict[str, Any], where: str = "config.json") -> ModelShape:
             where=where,
             allowed="decoder models that call their sizes as Llama, Qwen, Mistral and Gemma do",
         ) from None
+    if any((config.get(name) or 1) > 1 for name in EXPERTS):
+        raise UserError("the layers hold experts, whose memory and time are not planned", where=where,
+                        allowed="dense decoder models")  # fmt: skip
     head = config.get("head_dim") or hidden // heads
     queries, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
     kind = config.get("model_type", "llama")

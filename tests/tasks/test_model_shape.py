@@ -85,6 +85,13 @@ def test_a_config_that_does_not_say_its_widths_is_told() -> None:
         shape_of({"hidden_size": 64, "model_type": "odd"})
 
 
+def test_experts_are_not_planned_as_one_mlp() -> None:
+    dense = PUBLISHED["Llama 3.1 8B"][0]
+    with pytest.raises(UserError, match="experts"):
+        shape_of(dense | {"num_local_experts": 8})
+    assert shape_of(dense | {"num_local_experts": 0, "num_experts": None}) == shape_of(dense)
+
+
 def test_a_file_that_is_no_safetensors_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Qwen3 0.6B"][0]))
     (tmp_path / "model.safetensors").write_bytes((900).to_bytes(8, "little") + b"{")
