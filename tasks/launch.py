@@ -92,7 +92,7 @@ def run_worker(
                 process.send_signal(signal.SIGTERM)
                 process.wait()
             follow(last=True)
-        tail.extend([*company.tail, company.problem()])
+        tail.extend(line for line in [*company.tail, company.problem()] if line)
     code = 128 - process.returncode if process.returncode < 0 else process.returncode  # the guard itself was killed
     _raise_for(code, f"{module} {directories[0].name}", directories, tail)
 

@@ -1,9 +1,10 @@
 """GPU memory of a training, by parts, from the model's config alone: what is planned before anything loads.
 
-A step has four moments at which memory may peak: the loss (everything kept for the backward pass stands), the backward
-pass's first layer and its last (gradients have grown, what was kept is gone), and the optimizer's step. Each is added
-up from first principles, bytes of tensors that torch allocates; the largest is the prediction. What cannot be counted
-from outside stands in `COEFFICIENTS`, fitted to measured peaks (`configs/measurements/`, see `python -m tasks.memory`).
+A step has five moments at which memory may peak: the loss (everything kept for the backward pass stands), the backward
+pass's first layer and its last (gradients have grown, what was kept is gone), the embedding's gradient, and the
+optimizer's step. Each is added up from first principles, bytes of tensors that torch allocates; the largest is the
+prediction. What cannot be counted from outside stands in `COEFFICIENTS`, fitted to measured peaks
+(`configs/measurements/`; `python -m tests.benchmarks.plan` compares).
 
 Not counted: the CUDA context and fragmentation (the plan's headroom is for them).
 Letters as in tasks/model_shape.py, and T tokens of a micro-batch.

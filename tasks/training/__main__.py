@@ -1,8 +1,8 @@
 """The training worker: `python -m tasks.training DIR`, or several processes of it under torchrun.
 
 Exit codes: 0 done, 2 bad input (see `error.txt` in DIR), 75 stopped by SIGTERM or SIGINT (run it again to
-resume). torchrun turns every code of a process into 1, so a stop also leaves `preempted.txt` in DIR until
-the next run.
+resume), 76 out of GPU memory (see `oom.json`). torchrun turns every code of a process into 1, so a stop also
+leaves `preempted.txt` in DIR until the next run.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _work(directory: Path) -> int:
         _clear(directory)
         return 0
     if IS_MAIN:
-        for leftover in (ERROR, PREEMPTED):
+        for leftover in (ERROR, PREEMPTED, OOM):
             (directory / leftover).unlink(missing_ok=True)
         say(f"{order.stage:<14}starting")
     backend_name = order.how.get("backend", "fsdp")
