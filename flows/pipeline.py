@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def pipeline(
     plan = load_plan(config, hardware)
     wanted = select(plan, only, until)
     show_plan(plan)
-    announce(plan, wanted)
+    announce(plan, wanted, force)
 
     rows: dict[str, Any] = {}
     models: list[Any] = []
@@ -101,9 +102,10 @@ def load_plan(config: str, hardware: str | None) -> dict[str, Planned]:
     return make_plan(run, Path(config), tag, row)
 
 
-def announce(plan: dict[str, Planned], wanted: list[str]) -> None:
+def announce(plan: dict[str, Planned], wanted: list[str], force: str | None = None) -> None:
     """The first lines of a run: what its trainings will take. Refuses what this machine cannot do."""
     say = speaker()
+    plan = {name: replace(p, reasons=("forced",)) if p.group == force else p for name, p in plan.items()}
     for line in lines(plan, wanted):
         say(line)
     preflight(plan, wanted)

@@ -13,7 +13,8 @@ from tasks.cards import matrix_flops
 from tasks.disk import free_bytes
 from tasks.errors import UserError
 from tasks.hardware import Hardware
-from tasks.machine import missing_here
+from tasks.machine import gpus, missing_here
+from tasks.memory import GIB
 from tasks.plan import Planned
 from tasks.room import check_disk, stage_bytes
 from tasks.speed import MEAN_CONTEXT
@@ -41,10 +42,29 @@ def missing_for(plan: dict[str, Planned], wanted: Iterable[str]) -> UserError | 
     """What this machine lacks for the stages that will run on a GPU."""
     on_gpu = [plan[name] for name in wanted if plan[name].group in ("cpt", "sft", "evaluate") and not plan[name].reused]
     hows, choices = [p.order.how for p in on_gpu], [p.choice for p in on_gpu if p.choice]
-    if not choices:
+    missing = None
+    if choices:
+        missing = missing_here(hows[0]["tag"], choices[0].hardware, hows, max(choice.host_gib for choice in choices))
+    return missing or _missing_for_evaluation(plan, [p.order.how for p in on_gpu if p.group == "evaluate"])
+
+
+def _missing_for_evaluation(plan: dict[str, Planned], hows: list[dict[str, Any]]) -> UserError | None:
+    """Evaluation holds a whole model in float32 on one GPU, whatever trained it."""
+    if not hows or hows[0]["device"] != "cuda":
         return None
-    host_gib = max(choice.host_gib for choice in choices)
-    return missing_here(hows[0]["tag"], choices[0].hardware, hows, host_gib)
+    how, where = hows[0], f"hardware tag {hows[0]['tag']}"
+    if not gpus():
+        return UserError("evaluation needs a GPU, and nvidia-smi shows none that we may use here", where=where,
+                         todo="run it where the GPU is, or take --hardware cpu")  # fmt: skip
+    shapes = [p.choice.job.shape for p in plan.values() if p.choice and p.choice.job]
+    needed_gib = max((4 * shape.parameters / GIB for shape in shapes), default=0.0)
+    if needed_gib < how["memory_gib"]:
+        return None
+    return UserError(
+        f"evaluation holds the model in float32 on one GPU: {needed_gib:.1f} of {how['memory_gib']:g} GiB",
+        where=where,
+        todo="train with --until sft, and evaluate elsewhere: --hardware with a larger GPU, or cpu",
+    )
 
 
 def rows_for_table(plan: dict[str, Planned]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from flows import pipeline as flow
 from tasks import machine
 from tasks.errors import UserError
+from tasks.forecast import missing_for
 from tasks.hardware import load_hardware
 from tasks.machine import Gpu, gpus, missing_here, resolve_tag
 from tests.conftest import edit
@@ -167,7 +169,27 @@ def test_a_run_is_refused_before_anything_starts(
     with pytest.raises(UserError, match="needs 2 GPUs"):
         flow.announce(plan, list(plan))
     flow.announce(plan, ["prepare_cpt", "report"])  # what needs no GPU may run here
+    reused = {name: replace(planned, reasons=()) for name, planned in plan.items()}
+    flow.announce(reused, list(plan))
+    with pytest.raises(UserError, match="needs 2 GPUs"):
+        flow.announce(reused, list(plan), force="cpt")
     assert not list((project / "runs").glob("prepare*"))
+
+
+def test_an_evaluation_that_cannot_run_is_refused_before_the_training(
+    project: Path, tmp_path: Path, plug: Plug, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit(project, "hardware: cpu", "hardware: 2xh200")
+    plug("NVIDIA H200", "NVIDIA H200")
+    plan = flow.load_plan(str(project / "run.yaml"), None)
+    assert missing_for(plan, plan) is None
+    evaluations = [name for name in plan if name.startswith("evaluate")]
+    for name in evaluations:
+        plan[name].order.how["memory_gib"] = 1e-4
+    assert "float32 on one GPU: 0.0 of 0.0001 GiB" in str(missing_for(plan, plan))
+    assert missing_for(plan, ["cpt", "sft"]) is None
+    monkeypatch.setenv("PATH", str(tmp_path))  # without trainings nobody asked before, and lm-eval took the CPU
+    assert "evaluation needs a GPU" in str(missing_for(plan, evaluations))
 
 
 def test_a_plan_for_another_machine_is_printed_with_a_note(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
