@@ -100,6 +100,17 @@ def load_model(folder: Path, precision: Precision, seq_len: int) -> PreTrainedMo
     )
 
 
+def is_rounded(folder: Path, precision: Precision) -> bool:
+    """Whether loading rounds float32 weights, as a base may have them, or a stage that was trained at another tag."""
+    if precision.weights is torch.float32:
+        return False
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            if any(tensors.get_slice(name).get_dtype() == "F32" for name in tensors.keys()):  # noqa: SIM118
+                return True
+    return False
+
+
 def prepare_model(model: PreTrainedModel, how: dict[str, Any]) -> None:
     """Recomputation, compilation and the fused loss, as the order's `how` says; a CPU keeps the model's own way."""
     recompute = how.get("recompute", "none")

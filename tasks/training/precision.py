@@ -25,6 +25,10 @@ LOST_UPDATES = (
     "precision bf16 loses small updates: at a learning rate of 2e-5 73 % of the weights never moved in 200 steps, at "
     "5e-6 93 %, and 30 % of the learning was left; bf16-stochastic takes less memory and loses none"
 )
+ROUNDED_HANDOVER = (
+    "the model to start from holds float32 weights, which this precision rounds to bf16: of small updates that an "
+    "earlier stage made, a part is lost; one precision for all stages loses none"
+)
 
 
 @dataclass(frozen=True)

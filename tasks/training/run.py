@@ -22,8 +22,16 @@ from tasks.training.callbacks import StepLog
 from tasks.training.health import Health
 from tasks.training.loss import StepSums
 from tasks.training.metrics import METRICS, read_metrics
-from tasks.training.model import add_token_rows, check_init, describe, load_tokenizer, prepare_model, resolve_init
-from tasks.training.precision import precision_policy
+from tasks.training.model import (
+    add_token_rows,
+    check_init,
+    describe,
+    is_rounded,
+    load_tokenizer,
+    prepare_model,
+    resolve_init,
+)
+from tasks.training.precision import ROUNDED_HANDOVER, precision_policy
 from tasks.training.preemption import finishing_steps
 from tasks.training.rows import Layout, load_rows, make_collate
 from tasks.training.trackers import TENSORBOARD, check_tracker
@@ -79,6 +87,8 @@ def fit(directory: Path, order: Order, backend: ModuleType) -> Fitted:
     tell = say if is_main else lambda text: None
     if precision.warning:
         tell(f"{order.stage:<14}warning: {precision.warning}")
+    if is_rounded(inputs.init, precision):
+        tell(f"{order.stage:<14}warning: {ROUNDED_HANDOVER}")
     tell(f"{order.stage:<14}loading {inputs.init}")
     model = backend.load_model(inputs.init, precision, what["seq_len"], order.how)
     num_new_rows = add_token_rows(model, inputs.tokenizer, inputs.new_tokens)

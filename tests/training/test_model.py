@@ -13,7 +13,15 @@ from transformers import AutoModelForCausalLM
 from tasks.disk import free_bytes
 from tasks.errors import UserError
 from tasks.stage import read_order
-from tasks.training.model import add_token_rows, check_init, load_model, load_tokenizer, resolve_init, tensor_shapes
+from tasks.training.model import (
+    add_token_rows,
+    check_init,
+    is_rounded,
+    load_model,
+    load_tokenizer,
+    resolve_init,
+    tensor_shapes,
+)
 from tasks.training.precision import precision_policy
 from tests.training.conftest import SEQ_LEN, VOCAB_SIZE, make_model, make_stage, make_tokenizer
 
@@ -53,6 +61,14 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused(base: Path, tmp_path: P
     with (tmp_path / "checkpoints" / "sparse").open("wb") as file:
         file.truncate(12 * num_parameters * 2 * fitting)
     check_init(base, SEQ_LEN, tmp_path, keep_last=2 * fitting)  # what this run wrote before is already paid for
+
+
+def test_rounding_a_float32_hand_over_is_noticed(base: Path, tmp_path: Path) -> None:
+    halved = tmp_path / "bf16"
+    load_model(base, precision_policy("bf16"), SEQ_LEN).save_pretrained(halved)
+    told = {(folder.name, name): is_rounded(folder, precision_policy(name))
+            for folder in (base, halved) for name in ("fp32-master", "bf16")}  # fmt: skip
+    assert [case for case, rounded in told.items() if rounded] == [(base.name, "bf16")]
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
