@@ -160,7 +160,7 @@ def _as_said(tag: str, hardware: Hardware) -> Hardware:
     open_keys = [name for name in ("precision", "recompute", "microbatch_rows") if getattr(hardware, name) == "auto"]
     if open_keys:
         raise UserError(
-            "nothing can be planned for this model: it is no dense decoder with a config as Llama, Qwen, Mistral and Gemma",
+            "nothing can be planned for this model: it is no dense decoder with a config as Llama, Qwen and Gemma have",
             where=f"{HARDWARE_FILE}, key {tag}",
             todo=f"give {', '.join(open_keys)} in the tag's row",
         )

@@ -74,7 +74,8 @@ def _smaller(how: dict[str, Any]) -> list[str]:
         if how.get("precision") in ("fp32", "fp32-master"):
             steps.append("precision: bf16-stochastic")
         if how.get("backend") == "fsdp":
-            steps.append("offload: cpu")
+            rounded = how.get("precision") == "bf16-stochastic"
+            steps.append("offload: cpu" + (" with precision: fp32-master" if rounded else ""))
     return steps
 
 

@@ -7,7 +7,8 @@ from importlib import metadata
 from pathlib import Path
 
 # Those that decide what comes out.
-PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "lm-eval", "prefect", "pandas")
+PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "lm-eval", "prefect", "pandas",
+            "torchao", "unsloth", "unsloth_zoo")  # fmt: skip
 
 
 def git_commit() -> str | None:

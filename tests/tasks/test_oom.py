@@ -86,7 +86,10 @@ def test_a_worker_that_could_not_write_is_understood_by_its_exit_code() -> None:
             {"backend": "unsloth", "recompute": "unsloth"},
             "nothing smaller on this machine: take more GPUs, or larger ones",
         ),
-        ({"backend": "fsdp", "recompute": "full", "precision": "bf16-stochastic"}, "offload: cpu"),
+        (
+            {"backend": "fsdp", "recompute": "full", "precision": "bf16-stochastic"},
+            "offload: cpu with precision: fp32-master",
+        ),
         (
             {"backend": "fsdp", "recompute": "selective", "precision": "fp32-master", "offload": "cpu"},
             "recompute: full",
