@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,18 +77,35 @@ def take_part(link: Link, task: dict[str, Any]) -> None:
     how = order.how | {"master": task["master"], "node_rank": rank}
     print(f"{order.stage}: node {rank} of {how['nodes']} in {directory}", flush=True)
     command = [*python_command("tasks.training", how), str(directory)]
-    with (
-        booked("tasks.training", how, str(directory), lambda line: print(line, flush=True)) as gpus,
-        (directory / f"worker-node{rank}.log").open("ab") as log,
-    ):
-        share = start_guarded(command, log, worker_environment(how, (), task["hub"]), gpus)
-        stay_until_end(link, share)
+    try:
+        with (
+            booked(
+                "tasks.training", how, str(directory), partial(print, flush=True), partial(stay_wanted, link)
+            ) as gpus,
+            (directory / f"worker-node{rank}.log").open("ab") as log,
+        ):
+            share = start_guarded(command, log, worker_environment(how, (), task["hub"]), gpus)
+            stay_until_end(link, share)
+    except NotWanted:
+        link.connection.close()
+        return
     print(f"{order.stage}: this node's share exited with {share.returncode}", flush=True)
     link.tell(exit=share.returncode, tail=last_lines(Path(log.name)))
     while not (link.lost or link.over or _stopped):  # node 0 exports long after our ranks have ended
         link.poll()
         time.sleep(POLL_SECONDS)
     link.connection.close()
+
+
+class NotWanted(Exception):
+    """The stage ended, or we were stopped, before our GPUs were free."""
+
+
+def stay_wanted(link: Link) -> None:
+    """While we wait for a GPU: keep the link alive, and go when nobody waits for us."""
+    link.poll()
+    if link.lost or link.over or _stopped:
+        raise NotWanted
 
 
 def stay_until_end(link: Link, share: subprocess.Popen[bytes]) -> None:

@@ -22,6 +22,7 @@ from tasks.errors import UserError
 
 DRIVER = Path("/proc/driver/nvidia/gpus")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+POLL_SECONDS = 0.2
 
 
 def lock_folder() -> Path:
@@ -30,13 +31,20 @@ def lock_folder() -> Path:
 
 
 @contextmanager
-def booked(module: str, how: dict[str, Any], holder: str, on_wait: Callable[[str], None]) -> Iterator[list[int]]:
+def booked(
+    module: str,
+    how: dict[str, Any],
+    holder: str,
+    on_wait: Callable[[str], None],
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Iterator[list[int]]:
     """Hold the locks of the GPUs that a worker of `module` uses; yields their descriptors, for it to inherit.
 
     `holder` is what others read who wait. `on_wait` is told, once a GPU, which one is awaited and who holds it.
+    `meanwhile` is called again and again while one is awaited; what it raises ends the waiting.
     """
     with contextlib.ExitStack() as locks:
-        yield [locks.enter_context(_locked(name, holder, on_wait)) for name in sorted(gpus_of(module, how))]
+        yield [locks.enter_context(_locked(name, holder, on_wait, meanwhile)) for name in sorted(gpus_of(module, how))]
 
 
 def gpus_of(module: str, how: dict[str, Any]) -> list[str]:
@@ -73,20 +81,28 @@ def _uuids() -> list[str]:
 
 
 @contextmanager
-def _locked(gpu: str, holder: str, on_wait: Callable[[str], None]) -> Iterator[int]:
+def _locked(gpu: str, holder: str, on_wait: Callable[[str], None], meanwhile: Callable[[], None]) -> Iterator[int]:
     descriptor = _open(lock_folder() / f"{re.sub(r'[^A-Za-z0-9-]', '_', gpu)}.lock")
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _take(descriptor):
             said = os.pread(descriptor, 500, 0).decode(errors="replace").strip() or "another process"
             on_wait(f"waiting: GPU {gpu} is held by {said}")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            while not _take(descriptor):
+                meanwhile()
+                time.sleep(POLL_SECONDS)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} ({holder}), since {time.strftime('%F %T')}".encode(), 0)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _take(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _open(path: Path) -> int:

@@ -64,6 +64,16 @@ def test_who_waits_is_told_who_holds_it_and_a_killed_holder_frees_it() -> None:
         thread.join()
 
 
+def test_waiting_can_be_given_up() -> None:
+    """As an agent does that is stopped, or whose stage has ended elsewhere."""
+
+    def give_up() -> None:
+        raise InterruptedError("stopped")
+
+    with booked("tasks.evaluation", TWO, "runs/cpt-1", print), pytest.raises(InterruptedError, match="stopped"):
+        booked("tasks.training", TWO, "runs/sft-2", print, meanwhile=give_up).__enter__()
+
+
 def test_a_worker_that_inherits_it_keeps_it(tmp_path: Path) -> None:
     with booked("tasks.training", TWO, "runs/cpt-1", print) as descriptors:
         assert len(descriptors) == 2

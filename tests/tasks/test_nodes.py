@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tasks import nodes
+from tasks import agent, nodes
 from tasks.errors import UserError
+from tasks.gpus import booked
 from tasks.nodes import Company, Link, meet
+from tasks.stage import Order, write_order
 
 
 @pytest.fixture
@@ -62,6 +64,26 @@ def test_silence_is_a_lost_node_and_pings_are_no_silence(
         time.sleep(0.1)
     time.sleep(0.6)
     assert "node 1 has been silent" in company.problem()
+
+
+def test_an_agent_that_waits_for_a_gpu_stays_in_touch_and_goes_with_the_stage(
+    pair: tuple[Link, Link], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "PING_SECONDS", 0.1)
+    monkeypatch.setenv("STEEP_GPU_LOCKS", str(tmp_path / "locks"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    how = {"device": "cuda", "processes": 1, "nodes": 2}
+    directory = write_order(Order("cpt", "train", "tiny", {}, how, {}), tmp_path)
+    task = {"directory": str(directory), "node_rank": 1, "master": "127.0.0.1:1", "hub": False}
+    node_0, link = pair
+    with booked("tasks.training", how, "another run", print):
+        share = threading.Thread(target=agent.take_part, args=(link, task))
+        share.start()
+        time.sleep(1)
+        assert share.is_alive() and node_0.connection.recv(100), "it pings while it waits"
+        node_0.tell(end=True)
+        share.join(10)
+    assert not share.is_alive() and link.over and not (directory / "worker-node1.log").exists()
 
 
 def test_a_node_that_failed_takes_the_others_with_it_and_one_that_is_done_does_not(
