@@ -22,19 +22,24 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def copy_model(model: Path, out: Path, dtype: str = "bfloat16", file_bytes: int = FILE_BYTES) -> None:
-    """Copy a model folder with its floating-point weights in `dtype`; one tensor after the other."""
-    if not (model / "config.json").is_file():
-        raise UserError(f"{model} is no model folder: it holds no config.json")
+    """Copy a model folder with its floating-point weights in `dtype`; one tensor after the other, renamed last."""
+    if not (model / "config.json").is_file() or not tensor_files(model):
+        raise UserError(f"{model} is no model folder", allowed="one with config.json and *.safetensors")
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype '{dtype}'", allowed=", ".join(DTYPES))
     if out.exists():
         raise UserError(f"{out} exists", todo="name a folder that does not")
-    out.mkdir(parents=True)
+    aside = out.with_name(f".{out.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)  # of a copy that was killed
+    aside.mkdir(parents=True)
     for file in model.iterdir():
         if file.is_file() and ".safetensors" not in file.suffixes:
-            shutil.copyfile(file, out / file.name)
-    write_json(out / "config.json", json.loads((model / "config.json").read_text()) | {"dtype": dtype})
-    write_weights(out, _rounded(model, DTYPES[dtype]), file_bytes)
+            shutil.copyfile(file, aside / file.name)
+    write_json(aside / "config.json", json.loads((model / "config.json").read_text()) | {"dtype": dtype})
+    write_weights(aside, _rounded(model, DTYPES[dtype]), file_bytes)
+    for file in aside.iterdir():
+        file.chmod(0o644)  # the server may be another user
+    aside.rename(out)
 
 
 def _rounded(model: Path, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

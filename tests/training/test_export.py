@@ -92,5 +92,9 @@ def test_a_copy_for_serving_holds_the_same_model_in_bf16(tmp_path: Path) -> None
     assert {file.name for file in folder.iterdir()} <= {file.name for file in (tmp_path / "bf16").iterdir()} | {
         "model.safetensors"
     }
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "bf16").iterdir()} == {0o644}
     with pytest.raises(UserError, match="exists"):
         copy_model(folder, tmp_path / "bf16")
+    with pytest.raises(UserError, match="no model folder"):
+        copy_model(tmp_path, tmp_path / "nothing")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["before", "bf16", "model"]
