@@ -13,12 +13,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import UserError
+from tasks.errors import EXIT_USER_ERROR, UserError
 from tasks.gpus import booked
 from tasks.guard import has_ended
 from tasks.launch import POLL_SECONDS, python_command, start_guarded, worker_environment
@@ -72,16 +73,15 @@ def wait_for_task(link: Link) -> dict[str, Any] | None:
 def take_part(link: Link, task: dict[str, Any]) -> None:
     """Run this node's share under a guard, until it ends, the other side ends or is lost, or we are stopped."""
     directory, rank = Path(task["directory"]), int(task["node_rank"])
-    wait_for(directory / ORDER)
-    order = read_order(directory)
-    how = order.how | {"master": task["master"], "node_rank": rank}
-    print(f"{order.stage}: node {rank} of {how['nodes']} in {directory}", flush=True)
-    command = [*python_command("tasks.training", how), str(directory)]
+    meanwhile = partial(stay_wanted, link)
     try:
+        wait_for(directory / ORDER, meanwhile)
+        order = read_order(directory)
+        how = order.how | {"master": task["master"], "node_rank": rank}
+        print(f"{order.stage}: node {rank} of {how['nodes']} in {directory}", flush=True)
+        command = [*python_command("tasks.training", how), str(directory)]
         with (
-            booked(
-                "tasks.training", how, str(directory), partial(print, flush=True), partial(stay_wanted, link)
-            ) as gpus,
+            booked("tasks.training", how, str(directory), partial(print, flush=True), meanwhile) as gpus,
             (directory / f"worker-node{rank}.log").open("ab") as log,
         ):
             share = start_guarded(command, log, worker_environment(how, (), task["hub"]), gpus)
@@ -89,6 +89,9 @@ def take_part(link: Link, task: dict[str, Any]) -> None:
     except NotWanted:
         link.connection.close()
         return
+    except UserError as error:  # no shared runs/, or fewer GPUs here than the tag says: node 0 shows it
+        link.tell(exit=EXIT_USER_ERROR, tail=error.render().splitlines())
+        raise
     print(f"{order.stage}: this node's share exited with {share.returncode}", flush=True)
     link.tell(exit=share.returncode, tail=last_lines(Path(log.name)))
     while not (link.lost or link.over or _stopped):  # node 0 exports long after our ranks have ended
@@ -98,11 +101,11 @@ def take_part(link: Link, task: dict[str, Any]) -> None:
 
 
 class NotWanted(Exception):
-    """The stage ended, or we were stopped, before our GPUs were free."""
+    """The stage ended, or we were stopped, before our share began."""
 
 
 def stay_wanted(link: Link) -> None:
-    """While we wait for a GPU: keep the link alive, and go when nobody waits for us."""
+    """Before our share begins: keep the link alive, and go when nobody waits for us."""
     link.poll()
     if link.lost or link.over or _stopped:
         raise NotWanted
@@ -125,7 +128,7 @@ def last_lines(log: Path, count: int = 15) -> list[str]:
     return log.read_text(errors="replace").splitlines()[-count:]
 
 
-def wait_for(path: Path) -> None:
+def wait_for(path: Path, meanwhile: Callable[[], None]) -> None:
     """Until a file of the shared filesystem shows here."""
     deadline = time.monotonic() + SECONDS_FOR_ORDER
     while not path.is_file():
@@ -134,6 +137,7 @@ def wait_for(path: Path) -> None:
                             todo="set runs_dir to a folder of a shared filesystem")  # fmt: skip
         with suppress(OSError):
             list(path.parent.iterdir())  # NFS looks again
+        meanwhile()
         time.sleep(1.0)
 
 

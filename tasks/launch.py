@@ -85,7 +85,8 @@ def run_worker(
             while not has_ended(process, POLL_SECONDS):
                 follow()
                 if problem := company.problem():
-                    forward(problem)
+                    for line in (*company.tail, problem):
+                        forward(line)
                     break
         finally:  # also when SIGTERM, Ctrl-C or a cancellation takes us out of the loop
             if process.poll() is None:

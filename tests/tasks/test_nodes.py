@@ -86,6 +86,19 @@ def test_an_agent_that_waits_for_a_gpu_stays_in_touch_and_goes_with_the_stage(
     assert not share.is_alive() and link.over and not (directory / "worker-node1.log").exists()
 
 
+def test_what_an_agent_refuses_is_told_to_node_0(
+    pair: tuple[Link, Link], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    how = {"device": "cuda", "processes": 8, "nodes": 2}
+    directory = write_order(Order("cpt", "train", "tiny", {}, how, {}), tmp_path)
+    with pytest.raises(UserError, match="uses 8 GPUs"):
+        agent.take_part(pair[1], {"directory": str(directory), "node_rank": 1, "master": "127.0.0.1:1", "hub": False})
+    pair[1].connection.close()
+    company = Company([pair[0]], "")
+    assert "is gone" in company.problem() and "uses 8 GPUs" in "".join(company.tail)
+
+
 def test_a_node_that_failed_takes_the_others_with_it_and_one_that_is_done_does_not(
     pair: tuple[Link, Link], monkeypatch: pytest.MonkeyPatch
 ) -> None:
