@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import UserError
+from tasks.holder import read_holder
 
 DRIVER = Path("/proc/driver/nvidia/gpus")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -85,8 +86,7 @@ def _locked(gpu: str, holder: str, on_wait: Callable[[str], None], meanwhile: Ca
     descriptor = _open(lock_folder() / f"{re.sub(r'[^A-Za-z0-9-]', '_', gpu)}.lock")
     try:
         if not _take(descriptor):
-            said = os.pread(descriptor, 500, 0).decode(errors="replace").strip() or "another process"
-            on_wait(f"waiting: GPU {gpu} is held by {said}")
+            on_wait(f"waiting: GPU {gpu} is held by {read_holder(descriptor)}")
             while not _take(descriptor):
                 meanwhile()
                 time.sleep(POLL_SECONDS)

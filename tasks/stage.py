@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import UserError
+from tasks.holder import read_holder
 from tasks.provenance import git_commit, installed_versions
 
 # Bumped when a worker's output changes for the same order; part of every key.
@@ -242,7 +243,7 @@ def _acquire(descriptor: int, directory: Path, on_wait: Callable[[str], None], w
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return
     except BlockingIOError:
-        holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+        holder = read_holder(descriptor)
     if not wait:
         raise UserError(f"{directory.name} is being computed by {holder}", todo="wait for it, or stop it")
     on_wait(holder)

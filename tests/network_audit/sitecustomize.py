@@ -8,8 +8,8 @@ LOOPBACK = ("127.", "localhost", "::1", "0.0.0.0", "None", "b'127.")
 
 def note(event: str, arguments: tuple[object, ...]) -> None:
     """An audit hook: a line for each name that is looked up and each address that is connected to."""
-    if event not in ("socket.connect", "socket.getaddrinfo"):
-        return
+    if event not in ("socket.connect", "socket.getaddrinfo") or "STEEP_NETWORK_AUDIT" not in os.environ:
+        return  # a hook stays for the life of a process; the variable may be gone
     target = arguments[1] if event == "socket.connect" else arguments[0]
     host = target[0] if isinstance(target, tuple) else target
     if isinstance(host, (str, bytes, type(None))) and not str(host).startswith((*LOOPBACK, "/", "b'/")):
