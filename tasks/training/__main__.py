@@ -144,4 +144,7 @@ if __name__ == "__main__":
         sys.exit("usage: python -m tasks.training DIR")
     code = main(Path(sys.argv[1]))
     sys.stdout.flush()
+    if code == EXIT_OOM:  # at once: the way out would wait for ranks that wait for this one
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)

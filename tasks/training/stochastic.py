@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torchao.optim import AdamW8bit
 from torchao.optim.adam import single_param_adam
+
+from tasks.training.moments import part_of
 
 PARAMETERS_A_CALL = 4
 Key = tuple[Any, ...]
@@ -42,9 +43,9 @@ class StochasticAdamW8bit(AdamW8bit):  # type: ignore[misc]
                 self._advance(p)
             for key, parameters in _batches(with_gradient):
                 self._function(key)(
-                    [shard(p.detach()) for p in parameters],
-                    [shard(p.grad) for p in parameters],
-                    [{name: shard(value) for name, value in self.state[p].items()} for p in parameters],
+                    [part_of(p.detach()) for p in parameters],
+                    [part_of(p.grad) for p in parameters],
+                    [{name: part_of(value) for name, value in self.state[p].items()} for p in parameters],
                     group["lr"], *group["betas"], group["weight_decay"], group["eps"],
                 )  # fmt: skip
 
@@ -63,16 +64,11 @@ class StochasticAdamW8bit(AdamW8bit):  # type: ignore[misc]
         return self.compiled[key]
 
 
-def shard(tensor: Any) -> Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _batches(parameters: list[Tensor]) -> Iterator[tuple[Key, list[Tensor]]]:
     """Parameters of one shape, a few at a time."""
     by_shape: dict[Key, list[Tensor]] = {}
     for p in parameters:
-        by_shape.setdefault((tuple(shard(p).shape), p.dtype), []).append(p)
+        by_shape.setdefault((tuple(part_of(p).shape), p.dtype), []).append(p)
     for key, members in by_shape.items():
         for first in range(0, len(members), PARAMETERS_A_CALL):
             batch = members[first : first + PARAMETERS_A_CALL]

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
+from tasks import memory
 from tasks.training import linear_loss
 from tasks.training.attention import ISOLATED, attention_plan
 from tasks.training.linear_loss import can_fuse, chunk_rows, fuse_loss, linear_cross_entropy
@@ -57,6 +58,10 @@ def test_a_fused_model_learns_what_the_model_itself_would(base: Path, tmp_path: 
         total.backward()
     for (name, ours), theirs in zip(fused.named_parameters(), own.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=2e-4, rtol=1e-4, msg=name)
+
+
+def test_the_plan_of_memory_counts_the_same_chunks() -> None:
+    assert memory.CHUNK_LOGITS == linear_loss.CHUNK_LOGITS
 
 
 def test_models_that_change_their_logits_are_not_fused(base: Path) -> None:

@@ -1,7 +1,7 @@
 """Speed, memory and exactness on GPUs: `make benchmark-gpu`, or `python -m tests.benchmarks.gpu SUITE ... --out FOLDER`.
 
 Every case runs in a process of its own on GPUs of its own, as many side by side as there are GPUs; peers in the same call
-as ours. Medians after two steps. MFU is model FLOPs (forward and backward, no recomputation; `material.flops_per_token`)
+as ours. Medians after two steps. MFU is model FLOPs (forward and backward, no recomputation; tasks/model_shape.py)
 a second against 790 TFLOP/s, the bf16 matrix rate measured on an H200.
 
 `results.json` is what the plan reads its speeds from: keep it as `configs/measurements/CARD.json`.
@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from tasks.cards import card_of
+from tasks.model_shape import shape_of
 from tests.benchmarks.gpu.case import HOW
-from tests.benchmarks.gpu.material import SHAPES, flops_per_token, make_prepared, mean_context
+from tests.benchmarks.gpu.material import SHAPES, make_prepared, mean_context
 from tests.benchmarks.gpu.suites import SUITES, Case
 
 PEAK_FLOPS = 790e12
@@ -125,7 +126,7 @@ class Runner:
     def _of_the_model(self, case: Case) -> dict[str, Any]:
         """What the plan wants to know of a measured run (tasks/speed.py), beside what the case says itself."""
         config = json.loads((Path(case["model"]) / "config.json").read_text())
-        flops = flops_per_token(Path(case["model"]), mean_context(Path(case["prepared"])))
+        flops = shape_of(config).flops_per_token(mean_context(Path(case["prepared"])))
         how = {name: HOW[name] for name in ("backend", "precision", "offload", "compile", "processes")}
         return (how if case["tool"] == "steep" else {}) | case | {
             "model": {"name": case["shape"], "config": {name: config[name] for name in WIDTHS if name in config}},

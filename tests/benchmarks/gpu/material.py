@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
 from tasks.stage import Order, finish
 
@@ -85,19 +85,6 @@ def make_prepared(
     counts = {"rows": num_rows, "sources": ["text"], "added_tokens": [], "end_of_turn": None}
     finish(folder, ["rows.arrow", "tokenizer"], counts, 0.0)
     return folder
-
-
-def flops_per_token(folder: Path, mean_context: float) -> float:
-    """Forward and backward: 6 a parameter of the matrices, 12 a layer, width and position of causal context.
-
-    The embedding's look-up is no product; a tied or untied last layer is. Recomputation does not count.
-    """
-    config = AutoConfig.from_pretrained(folder)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    layer = config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
-    products = config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
-    return 6.0 * products + 12.0 * config.num_hidden_layers * queries * mean_context
 
 
 def mean_context(prepared: Path) -> float:
