@@ -44,7 +44,7 @@ class StochasticAdamW8bit(AdamW8bit):  # type: ignore[misc]
             for key, parameters in _batches(with_gradient):
                 self._function(key)(
                     [part_of(p.detach()) for p in parameters],
-                    [part_of(p.grad) for p in parameters],
+                    [part_of(p.grad) for p in parameters if p.grad is not None],
                     [{name: part_of(value) for name, value in self.state[p].items()} for p in parameters],
                     group["lr"], *group["betas"], group["weight_decay"], group["eps"],
                 )  # fmt: skip
