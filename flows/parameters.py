@@ -17,7 +17,7 @@ from tasks.config import HARDWARE_FILE, load_config, load_hardware
 from tasks.errors import UserError
 from tasks.hardware import AUTO
 from tasks.plan import GROUPS
-from tasks.yaml_file import nearest
+from tasks.yaml_file import SafeLoader, nearest
 
 DEFAULT_CONFIG = "configs/regulator.yaml"
 # Below the project's root, and a YAML file. The server checks it; the command line takes any path. The server answers
@@ -29,7 +29,7 @@ CONFIG_PATTERN = rf"(?!){CONFIG_WORDS}|^(?!/)(?!.*\.\.)[A-Za-z0-9_./-]+\.ya?ml$"
 def hardware_tags() -> list[str]:
     """The rows of configs/hardware.yaml, as the flows' import finds them, and `auto`; none outside a project."""
     try:
-        return [*yaml.safe_load(HARDWARE_FILE.read_text()), AUTO]
+        return [*yaml.load(HARDWARE_FILE.read_text(), Loader=SafeLoader), AUTO]
     except OSError:
         return []
 

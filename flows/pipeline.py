@@ -93,6 +93,8 @@ def pipeline(
 
 # The parameters are plain text already; Prefect's own way imports fastapi for it, which takes 0.3 s.
 pipeline.serialize_parameters = dict  # type: ignore[method-assign, assignment]
+# At the end Prefect waits for the thread of its heartbeat, which looks up once a second; for async flows it does not.
+# flow_engine._send_heartbeats = partial(flow_engine._send_heartbeats, join_on_exit=False)
 
 
 def load_plan(config: str, hardware: str | None) -> dict[str, Planned]:

@@ -105,9 +105,10 @@ def one_round(project: Path, environment: dict[str, str]) -> list[Seconds]:
 
 def run(project: Path, environment: dict[str, str], *arguments: str) -> Seconds:
     """Wall and CPU seconds of a Python process and everything below it."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     started, cpu_before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=project, env=os.environ | environment, capture_output=True, check=False
+        [sys.executable, *arguments], cwd=project, env=inherited | environment, capture_output=True, check=False
     )
     wall, cpu = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr.decode()

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,12 @@ def run(config: Path, **options: Any) -> dict[str, str]:
     with get_client(sync_client=True) as client:
         from prefect.client.schemas.filters import FlowRunFilter
 
-        runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [flow_run_id]}))
+        of_this_run = FlowRunFilter(id={"any_": [flow_run_id]})
+        for _ in range(100):  # states of tasks travel as events, which the server may take up a moment later
+            runs = client.read_task_runs(flow_run_filter=of_this_run)
+            if all(task_run.state.is_final() for task_run in runs):
+                break
+            time.sleep(0.1)
     return {task_run.name: task_run.state.name for task_run in sorted(runs, key=lambda r: r.start_time)}
 
 
