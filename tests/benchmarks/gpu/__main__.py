@@ -173,7 +173,8 @@ def main() -> None:
     for folder in (options.out, options.work):
         folder.mkdir(parents=True, exist_ok=True)
     gpus = options.gpus.split(",") if options.gpus else _nvidia("index")
-    cases = [dict(case) for suite in options.suites for case in SUITES[suite]]
+    by_name = {case["name"]: dict(case) for suite in options.suites for case in SUITES[suite]}  # suites share cases
+    cases = list(by_name.values())
     cases = [
         case for case in cases if not options.only or any(word in case["name"] for word in options.only.split("|"))
     ]
