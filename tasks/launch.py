@@ -9,6 +9,7 @@ forward the lines that it means for the person who waits. How it ended becomes a
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,8 +30,10 @@ from tasks.stage import ERROR, LOCK_FD_VARIABLE, LOG, OOM, PREEMPTED
 GUARD = str(Path(__file__).with_name("guard.py"))
 POLL_SECONDS = 0.2
 TAIL_LINES = 25
-# Prefect's runner kills a cancelled flow 30 s after it asked it to stop; the guard must have finished before.
-GRACE_SECONDS = 20.0
+# Between SIGTERM and SIGKILL, for a checkpoint. A cancelled run of Prefect's ends within 15 s (and is killed after 30, when the
+# guard must have finished); between nodes, silence and grace together stay below a minute (tasks/nodes.py).
+GRACE_SECONDS, GRACE_SECONDS_UNDER_PREFECT = 20.0, 12.0
+GRACE_VARIABLE = "STEEP_GRACE_SECONDS"
 # No network but what a config names: no telemetry, no version checks, no hub.
 QUIET = {"DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "UNSLOTH_DISABLE_STATISTICS": "1",
          "TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONUNBUFFERED": "1"}  # fmt: skip
@@ -103,7 +106,7 @@ def start_guarded(
 ) -> subprocess.Popen[bytes]:
     """A worker under the guard, which ends all of it on SIGTERM and when we die."""
     return subprocess.Popen(
-        [sys.executable, "-S", GUARD, "--grace", str(GRACE_SECONDS), "--", *worker],  # -S: a third of its start-up
+        [sys.executable, "-S", GUARD, "--grace", str(grace_seconds()), "--", *worker],  # -S: a third of its start-up
         stdin=subprocess.DEVNULL,
         stdout=sink,
         stderr=subprocess.STDOUT,
@@ -111,6 +114,16 @@ def start_guarded(
         env=environment,
         pass_fds=descriptors,
     )
+
+
+def grace_seconds() -> float:
+    """Seconds that a worker told to stop has to save: STEEP_GRACE_SECONDS, else what fits whoever started us."""
+    said = os.environ.get(GRACE_VARIABLE, "")
+    if not said:
+        return GRACE_SECONDS_UNDER_PREFECT if "PREFECT__FLOW_RUN_ID" in os.environ else GRACE_SECONDS
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", said):
+        raise UserError(f"{GRACE_VARIABLE} is {said!r}", where="the environment", allowed="seconds, as 120")
+    return float(said)
 
 
 def python_command(module: str, how: dict[str, Any]) -> list[str]:

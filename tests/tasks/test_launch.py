@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks import launch
 from tasks.errors import UserError
 from tasks.launch import Preempted, WorkerFailed, python_command, run_worker
 from tasks.stage import LOG, Order, is_done, write_order
@@ -60,7 +61,6 @@ START = """
 import sys
 from pathlib import Path
 import tasks.launch as launch
-launch.GRACE_SECONDS = 1.0
 launch.run_worker("tests.tasks.worker", [Path(sys.argv[1])], {"device": "cpu"}, forward=print)
 """
 
@@ -69,8 +69,9 @@ launch.run_worker("tests.tasks.worker", [Path(sys.argv[1])], {"device": "cpu"}, 
 def test_no_process_outlives_its_starter(tmp_path: Path, number: signal.Signals) -> None:
     directory = order(tmp_path, "hang")
     with subprocess.Popen(
-        [sys.executable, "-c", START, str(directory)], cwd=ROOT, stderr=subprocess.DEVNULL
-    ) as starter:
+        [sys.executable, "-c", START, str(directory)], cwd=ROOT, stderr=subprocess.DEVNULL,
+        env=os.environ | {"STEEP_GRACE_SECONDS": "1"},
+    ) as starter:  # fmt: skip
         wait_for(lambda: (directory / "pids").exists() and len((directory / "pids").read_text().split()) == 2)
         pids = [int(pid) for pid in (directory / "pids").read_text().split()]
         assert all(alive(pid) for pid in pids)  # worker and grandchild run: there is something to end
@@ -113,3 +114,16 @@ def test_training_starts_under_torchrun_where_it_is_sharded() -> None:
          "--master-addr n0 --master-port 5 --nproc-per-node 8 "),
     ):  # fmt: skip
         assert said in " ".join(python_command("tasks.training", how))
+
+
+def test_the_time_to_save_fits_whoever_stops_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT__FLOW_RUN_ID", raising=False)
+    monkeypatch.delenv("STEEP_GRACE_SECONDS", raising=False)
+    assert launch.grace_seconds() == 20
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "0")
+    assert launch.grace_seconds() < 15  # a cancelled run is gone within 15 s
+    monkeypatch.setenv("STEEP_GRACE_SECONDS", "300")
+    assert launch.grace_seconds() == 300
+    monkeypatch.setenv("STEEP_GRACE_SECONDS", "long")
+    with pytest.raises(UserError, match="STEEP_GRACE_SECONDS is 'long'"):
+        launch.grace_seconds()
