@@ -30,8 +30,8 @@ from tasks.stage import ERROR, LOCK_FD_VARIABLE, LOG, OOM, PREEMPTED
 GUARD = str(Path(__file__).with_name("guard.py"))
 POLL_SECONDS = 0.2
 TAIL_LINES = 25
-# Between SIGTERM and SIGKILL, for a checkpoint. A cancelled run of Prefect's ends within 15 s (and is killed after 30, when the
-# guard must have finished); between nodes, silence and grace together stay below a minute (tasks/nodes.py).
+# Between SIGTERM and SIGKILL, for a checkpoint. A cancelled run of Prefect's ends within 15 s (and is killed after 30,
+# when the guard must have finished); between nodes, silence and grace together stay below a minute (tasks/nodes.py).
 GRACE_SECONDS, GRACE_SECONDS_UNDER_PREFECT = 20.0, 12.0
 GRACE_VARIABLE = "STEEP_GRACE_SECONDS"
 # No network but what a config names: no telemetry, no version checks, no hub.
