@@ -24,11 +24,9 @@ PROBE_BYTES = 64 * 1024
 
 @contextlib.contextmanager
 def writes_told(directory: Path) -> Iterator[None]:
-    """Within, a write that the disk refuses becomes a `UserError` that says so."""
+    """Within, a write that the disk refuses becomes a `UserError` that says so, also where it passed for bad input."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         if told := refusal(error, directory):
             raise told from error
