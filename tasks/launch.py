@@ -8,6 +8,7 @@ forward the lines that it means for the person who waits. How it ended becomes a
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -94,7 +95,8 @@ def run_worker(
         finally:  # also when SIGTERM, Ctrl-C or a cancellation takes us out of the loop
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
-                process.wait()
+                while not has_ended(process, POLL_SECONDS):
+                    company.problem()  # other nodes take silence for our end, and stop their share before it has saved
             follow(last=True)
         tail.extend(line for line in [*company.tail, company.problem()] if line)
     code = 128 - process.returncode if process.returncode < 0 else process.returncode  # the guard itself was killed
@@ -147,6 +149,8 @@ def python_command(module: str, how: dict[str, Any]) -> list[str]:
 def worker_environment(how: dict[str, Any], lock_descriptors: Sequence[int], hub: bool) -> dict[str, str]:
     """Our environment, silenced; offline unless the config names the hub."""
     environment = {**os.environ, **QUIET} | ({} if hub else OFFLINE)
+    environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(grace_seconds()))  # torchrun's, for its ranks
+    environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts GPUs, and our locks
     threads = how.get("threads") or max(1, (os.cpu_count() or 1) // int(how.get("processes", 1)))
     if how.get("device") == "cpu":
         environment["OMP_NUM_THREADS"] = str(threads)

@@ -20,6 +20,7 @@ from tasks.disk import writes_told
 from tasks.errors import EXIT_OOM, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from tasks.progress import say
 from tasks.stage import (
+    ARTIFACT,
     ERROR,
     OOM,
     PREEMPTED,
@@ -45,6 +46,8 @@ OFFLINE = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 SECONDS_FOR_RANK_0 = 30
+SAID_WHEN_FULL = ("CUDA error: out of memory", "[CUDA]: out of memory", "Cuda failure 2 'out of memory'",
+                  "CUBLAS_STATUS_ALLOC_FAILED")  # fmt: skip
 IS_MAIN = os.environ.get("RANK", "0") == "0"
 
 
@@ -67,11 +70,14 @@ def main(directory: Path) -> int:
                 time.sleep(SECONDS_FOR_RANK_0)
         return EXIT_USER_ERROR
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+        if not _is_out_of_memory(error):
             raise
         _record_out_of_memory(directory)
         return EXIT_OOM
     except Preempted:
+        if (directory / ARTIFACT).is_file():  # the signal came behind the end: there is nothing to resume
+            _clear(directory)
+            return 0
         if IS_MAIN:
             write_text(directory / PREEMPTED, "stopped by a signal; run it again to resume\n")
             say(f"{directory.name}: stopped; run it again to resume")
@@ -113,6 +119,15 @@ def _set_environment(unused: tuple[str, ...]) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for package in unused:
         sys.modules[package] = None  # type: ignore[assignment]
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether a GPU's memory was full; the driver, cuBLAS, NCCL and Triton each have words of their own for it."""
+    while error is not None:
+        if type(error).__name__ == "OutOfMemoryError" or any(said in str(error) for said in SAID_WHEN_FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _record_out_of_memory(directory: Path) -> None:

@@ -51,13 +51,18 @@ def publish(directory: Path, step: int, keep_last: int) -> Path:
     return final
 
 
-def newest_whole(directory: Path) -> Path | None:
+def newest_whole(directory: Path, steps_logged: int) -> Path | None:
     """The newest checkpoint whose files are as they were written; newer ones, which are not, are renamed aside.
 
-    Left in place they would count among the last ones to keep, and push out the good ones that come before their step.
+    One behind more steps than the metrics know is passed over too (somebody deleted the folder while it was computed):
+    its stage could never say what it did. Left in place they would count among the last ones to keep, and push out the
+    good ones that come before their step.
     """
     for checkpoint in list_checkpoints(directory):
-        if not (problem := damage(checkpoint)):
+        problem = damage(checkpoint)
+        if not problem and steps_logged < step_of(checkpoint):
+            problem = f"the metrics hold {steps_logged} steps"
+        if not problem:
             return checkpoint
         say(f"checkpoint of step {step_of(checkpoint)} is damaged ({problem}): falling back to the one before")
         aside = checkpoint.with_name(DAMAGED + checkpoint.name)

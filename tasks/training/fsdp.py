@@ -48,7 +48,7 @@ def start_process(how: dict[str, Any]) -> None:
         raise UserError("offload: cpu moves FSDP2's shards off the GPU, but torchrun did not start this",
                         where="how.offload", todo="start it with torchrun --standalone -m tasks.training")  # fmt: skip
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if expected == 1:
+    if expected == 1 and how["device"] == "cuda":
         see_one_gpu()
     import torch
 

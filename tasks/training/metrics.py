@@ -52,3 +52,9 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     path = directory / METRICS
     lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
     return [json.loads(line) for line in lines[:-1]]
+
+
+def steps_logged(directory: Path) -> int:
+    """The steps from the first on that the metrics hold without a gap."""
+    steps = [line["step"] for line in read_metrics(directory)]
+    return next((number for number, step in enumerate(steps) if step != number + 1), len(steps))

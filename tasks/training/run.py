@@ -21,7 +21,7 @@ from tasks.training.attention import attention_plan
 from tasks.training.callbacks import StepLog
 from tasks.training.health import Health
 from tasks.training.loss import StepSums
-from tasks.training.metrics import METRICS, read_metrics
+from tasks.training.metrics import METRICS, read_metrics, steps_logged
 from tasks.training.model import (
     add_token_rows,
     check_init,
@@ -178,7 +178,7 @@ def find_resume(directory: Path, stage: str, is_main: bool) -> Path | None:
     if is_main:
         checkpoint.clear_unfinished(directory)
         export.clear_unfinished(directory)
-        found = [checkpoint.newest_whole(directory)]
+        found = [checkpoint.newest_whole(directory, steps_logged(directory))]
     if dist.is_initialized():
         dist.broadcast_object_list(found, src=0)
     if is_main and found[0] is not None:

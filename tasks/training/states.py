@@ -12,11 +12,14 @@ The states of the random generators stay the trainer's: they are restored with a
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -36,7 +39,7 @@ def save_states(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> Non
     for moment, quantized in agree(list_moments(model, optimizer)):
         tensors |= pack(moment, quantized)
     alone = not dist.is_initialized()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _failures_told():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # `no_dist` says so
         save(tensors, storage_writer=FileSystemWriter(folder / STATE), no_dist=alone)
     if alone or dist.get_rank() == 0:
@@ -52,17 +55,35 @@ def load_states(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> Non
     reader = FileSystemReader(folder / STATE)
     stored = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
     make_moments(optimizer)
-    moments = list_moments(model, optimizer)
+    moments = []
+    for moment in list_moments(model, optimizer):
+        if moment.name in stored or f"{moment.name}.codes" in stored:
+            moments.append(moment)
+        else:  # no step had reached this parameter yet: all before the checkpoint were skipped
+            optimizer.state.pop(moment.parameter, None)
     places = [place(moment, stored) for moment in moments]
     tensors = model_tensors(model)
     for placed in places:
         tensors |= placed
-    load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    with _failures_told():
+        load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     for moment, placed in zip(moments, places, strict=True):
         unpack(moment, placed)
-    scheduler.load_state_dict(torch.load(folder / SCHEDULE, weights_only=True))
+    scheduler.load_state_dict(torch.load(folder / SCHEDULE, map_location="cpu", weights_only=True))
     for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
         set_rate(group, rate)
+
+
+@contextmanager
+def _failures_told() -> Iterator[None]:
+    """What torch.distributed.checkpoint raises is no `Exception`: nobody would see that the disk is full."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        if not isinstance(cause, Exception):  # a signal's
+            raise cause from None
+        raise RuntimeError(str(error)) from cause
 
 
 def model_tensors(model: Any) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.cards import card_of
+from tasks.launch import GUARD
 from tasks.model_shape import shape_of
 from tests.benchmarks.gpu.case import HOW
 from tests.benchmarks.gpu.material import SHAPES, make_prepared, mean_context
@@ -70,8 +71,12 @@ class Runner:
                 self.results += [{"name": case["name"], "failed": "no time left"} for case in waiting]
                 waiting = []
             done = {result["name"] for result in self.results}
+            failed = {result["name"] for result in self.results if "failed" in result}
             for case in list(waiting):
-                if len(set(self.free)) >= case.get("processes", 1) and case.get("after", "") in {"", *done}:
+                if case.get("after") in failed:
+                    waiting.remove(case)
+                    self.results.append({"name": case["name"], "failed": f"{case['after']} failed"})
+                elif len(set(self.free)) >= case.get("processes", 1) and case.get("after", "") in {"", *done}:
                     waiting.remove(case)
                     self._start(case)
             time.sleep(0.5)
@@ -95,13 +100,14 @@ class Runner:
         }
         environment |= case.get("environment", {})
         with (self.out / f"{case['name']}.log").open("w") as log:
-            command = [*launcher, "tests.benchmarks.gpu.case", str(path), str(result)]
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            # The guard ends torchrun's ranks too, which stand in sessions of their own.
+            command = [sys.executable, "-S", GUARD, "--grace", "2", "--", *launcher, "tests.benchmarks.gpu.case"]
+            process = subprocess.Popen([*command, str(path), str(result)], stdout=log, stderr=log, env=environment)
         self.running[case["name"]] = (process, gpus, case, time.monotonic() + case.get("timeout_seconds", 240))
 
     def _is_over(self, name: str, process: subprocess.Popen[bytes]) -> bool:
         if process.poll() is None and time.monotonic() > min(self.deadline, self.running[name][3]):
-            os.killpg(process.pid, 9)
+            process.terminate()
             process.wait()
         return process.poll() is not None
 
@@ -175,9 +181,10 @@ def main() -> None:
     gpus = options.gpus.split(",") if options.gpus else _nvidia("index")
     by_name = {case["name"]: dict(case) for suite in options.suites for case in SUITES[suite]}  # suites share cases
     cases = list(by_name.values())
-    cases = [
-        case for case in cases if not options.only or any(word in case["name"] for word in options.only.split("|"))
-    ]
+    if options.only:
+        named = [case for case in cases if any(word in case["name"] for word in options.only.split("|"))]
+        needed = {case.get("after") for case in named}
+        cases = [case for case in cases if case in named or case["name"] in needed]
     cases = [case for case in cases if case.get("processes", 1) <= len(gpus)]
     deadline = time.monotonic() + options.seconds
     make_material(cases, options.work)

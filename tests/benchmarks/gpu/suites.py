@@ -104,7 +104,7 @@ def curves(model: str, shape: str, **more: Any) -> list[Case]:
 # A trained model goes on: from random weights at 2e-4 bf16 left float32 by up to 6 % a step (h200-exact.json).
 CURVES = [
     PRETRAIN,
-    *curves("100m", "base-100m", what={"learning_rate": 2e-5}, after=PRETRAIN["name"]),
+    *curves("100m-trained", "base-100m", what={"learning_rate": 2e-5}, after=PRETRAIN["name"]),
     *curves("example", "data/regulator/base"),
 ]
 
