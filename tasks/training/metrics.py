@@ -6,6 +6,7 @@ A resumed run takes back the lines behind its checkpoint, so that every step sta
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ class MetricsLog:
             self.board.add_scalar(f"loss_by_source/{source}", loss, line["step"])
 
     def flush(self) -> None:
-        """Called before a checkpoint is published: what stands behind it is never lost."""
+        """Called before a checkpoint is published: what stands behind it is never lost, not in a power cut either."""
+        os.fsync(self.file.fileno())
         self.board.flush()
 
     def close(self, **totals: float) -> None:
@@ -48,10 +50,17 @@ class MetricsLog:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines so far; a last line that was cut off is dropped."""
-    path = directory / METRICS
-    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-    return [json.loads(line) for line in lines[:-1]]
+    """The lines so far; one that was cut off, or that a power cut filled with zeros, is dropped with all behind it."""
+    path, found = directory / METRICS, []
+    for text in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
+        try:
+            line = json.loads(text.decode())
+        except ValueError:
+            break
+        if not isinstance(line, dict) or "step" not in line:
+            break
+        found.append(line)
+    return found
 
 
 def steps_logged(directory: Path) -> int:

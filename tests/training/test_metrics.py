@@ -1,0 +1,32 @@
+"""`metrics.jsonl` after a power cut, and beside a tracker that fails."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.training.metrics import METRICS, MetricsLog, read_metrics, steps_logged
+
+
+def line(step: int) -> dict[str, Any]:
+    return {"step": step, "loss": 2.0, "lr": 1e-5, "grad_norm": 1.0, "tokens_per_second": 9.0, "loss_by_source": {}}
+
+
+def test_the_lines_are_on_the_disk_before_a_checkpoint_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    log = MetricsLog(tmp_path, 0)
+    log.write(line(1))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    log.flush()
+    assert synced == [(tmp_path / METRICS).stat().st_ino]
+    log.close()
+
+
+@pytest.mark.parametrize("end", [b"\0" * 40, b"\0" * 40 + b"\n", b'{"step": 3, "lo', b'{"step"\xff: 3}\n', b"7\n"])
+def test_what_a_power_cut_left_of_the_last_lines_is_dropped(tmp_path: Path, end: bytes) -> None:
+    (tmp_path / METRICS).write_bytes(b'{"step": 1}\n{"step": 2}\n' + end)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    assert steps_logged(tmp_path) == 2
