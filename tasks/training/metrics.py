@@ -1,19 +1,24 @@
 """What a run measured, step by step: `metrics.jsonl` (one line a step), and the curves of a tracker. By rank 0.
 
-A resumed run takes back the lines behind its checkpoint, so that every step stands there once.
+A resumed run takes back the lines behind its checkpoint, so that every step stands there once. A tracker is a courtesy:
+when its server is away, a training that has run for days goes on.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tasks.progress import say
 from tasks.stage import write_text
 from tasks.training.trackers import open_tracker
 
 METRICS = "metrics.jsonl"
+SECONDS_WITHOUT_TRACKER = 300.0  # after a failure; each try may wait for a server's time-out, and a step waits with it
 
 
 class MetricsLog:
@@ -24,29 +29,50 @@ class MetricsLog:
         write_text(directory / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = (directory / METRICS).open("a", encoding="utf-8")
         self.board = open_tracker(report_to, directory, first_step)
+        self.report_to, self.told, self.try_again_at = report_to, False, 0.0
 
     def write(self, line: dict[str, Any]) -> None:
         """One step. The line survives a kill of this process at once; events when `flush` was called."""
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
+        self._politely(lambda: self._draw(line))
+
+    def flush(self) -> None:
+        """Called before a checkpoint is published: what stands behind it is never lost, not in a power cut either."""
+        os.fsync(self.file.fileno())
+        self._politely(self.board.flush)
+
+    def close(self, **totals: float) -> None:
+        """Write the figures of the whole stage and end."""
+        last = read_metrics(Path(self.file.name).parent)[-1]["step"]
+        self.try_again_at = 0.0  # for the last time
+        self._politely(lambda: self._end(last, totals))
+        self.file.close()
+
+    def _draw(self, line: dict[str, Any]) -> None:
         for name in ("loss", "lr", "grad_norm", "tokens_per_second"):
             if line[name] is not None:  # of a step that was skipped
                 self.board.add_scalar(name, line[name], line["step"])
         for source, loss in line["loss_by_source"].items():
             self.board.add_scalar(f"loss_by_source/{source}", loss, line["step"])
 
-    def flush(self) -> None:
-        """Called before a checkpoint is published: what stands behind it is never lost, not in a power cut either."""
-        os.fsync(self.file.fileno())
-        self.board.flush()
-
-    def close(self, **totals: float) -> None:
-        """Write the figures of the whole stage and end."""
-        last = read_metrics(Path(self.file.name).parent)[-1]["step"]
+    def _end(self, last: int, totals: dict[str, float]) -> None:
         for name, value in totals.items():
             self.board.add_scalar(name, value, last)
         self.board.close()
-        self.file.close()
+
+    def _politely(self, deed: Callable[[], None]) -> None:
+        """Do it if the tracker takes it; one warning if not, and no further try for a while."""
+        if time.monotonic() < self.try_again_at:
+            return
+        try:
+            deed()
+        except Exception as error:
+            self.try_again_at = time.monotonic() + SECONDS_WITHOUT_TRACKER
+            if not self.told:
+                say(f"warning: {self.report_to} does not take the curves of this training: {error!r}. The training "
+                    f"goes on, and asks again now and then; every figure stands in {self.file.name}")  # fmt: skip
+            self.told = True
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tasks.training import metrics
 from tasks.training.metrics import METRICS, MetricsLog, read_metrics, steps_logged
 
 
@@ -30,3 +31,31 @@ def test_what_a_power_cut_left_of_the_last_lines_is_dropped(tmp_path: Path, end:
     (tmp_path / METRICS).write_bytes(b'{"step": 1}\n{"step": 2}\n' + end)
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
     assert steps_logged(tmp_path) == 2
+
+
+def test_a_tracker_that_fails_is_told_once_and_asked_again_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    class Away:
+        def __getattr__(self, method: str) -> Any:
+            def fail(*_: Any) -> None:
+                asked.append(method)
+                raise ConnectionError("server away")
+
+            return fail
+
+    monkeypatch.setattr(metrics, "open_tracker", lambda *_: Away())
+    log = MetricsLog(tmp_path, 0, "mlflow")
+    for step in (1, 2):
+        log.write(line(step))
+    log.flush()
+    assert asked == ["add_scalar"], "each try may wait for a server's time-out"
+    log.try_again_at = 0.0
+    log.write(line(3))
+    log.flush()
+    log.close(weights_moved_share=0.5)
+    assert asked == ["add_scalar"] * 3  # the last one at the end
+    assert capsys.readouterr().out.count("mlflow does not take") == 1
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
