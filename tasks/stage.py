@@ -123,6 +123,7 @@ def finish(directory: Path, outputs: Iterable[str], counts: dict[str, Any], seco
     order = read_order(directory)
     sweep(directory)
     files = sorted(file for output in outputs for file in _files_below(directory / output))
+    _sync(files, directory)  # what they came from, a training's checkpoints, is deleted as soon as the artifact stands
     artifact = {
         "stage": order.stage,
         "key": order.key,
@@ -137,6 +138,7 @@ def finish(directory: Path, outputs: Iterable[str], counts: dict[str, Any], seco
         "counts": counts,
     }
     write_json(directory / ARTIFACT, artifact)
+    _sync([], directory)
     return artifact
 
 
@@ -194,6 +196,25 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(files: Iterable[Path], directory: Path) -> None:
+    """Let files, and their names in the folders up to the stage's, survive a power cut."""
+    folders = {directory}
+    for file in files:
+        folders.update(folder for folder in file.parents if folder.is_relative_to(directory))
+        _sync_one(file)
+    for folder in folders:
+        with suppress(OSError):  # some network file systems sync no folder
+            _sync_one(folder)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _files_below(path: Path) -> list[Path]:

@@ -45,6 +45,17 @@ def test_a_stage_is_done_with_its_artifact_and_not_before(tmp_path: Path) -> Non
     assert read_order(directory) == ORDER
 
 
+def test_outputs_and_their_folders_are_on_the_disk_before_the_artifact_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    directory = finished(tmp_path)
+    artifact = next(number for number, path in enumerate(synced) if path.name.startswith(".artifact.json"))
+    assert {directory, directory / "model", directory / "model" / "weights"} <= set(synced[:artifact])
+    assert synced[-1] == directory, "the name of the artifact itself"
+
+
 @pytest.mark.parametrize("harm", ["delete", "truncate", "flip"])
 def test_damage_to_an_output_is_seen(tmp_path: Path, harm: str) -> None:
     directory = finished(tmp_path)
