@@ -23,7 +23,18 @@ from tasks.hardware import place
 from tasks.model_shape import ModelShape, shape_if_known
 from tasks.reasons import differences
 from tasks.resolve import BaseModelFiles, Digests, resolve_base_model, resolve_sources, resolve_task_files
-from tasks.stage import ARTIFACT, ORDER, VERSIONS, Order, canonical_json, damage, read_artifact, read_json, read_order
+from tasks.stage import (
+    ARTIFACT,
+    ORDER,
+    VERSIONS,
+    Order,
+    canonical_json,
+    damage,
+    read_artifact,
+    read_json,
+    read_order,
+    read_sound_artifact,
+)
 
 GROUPS = ("prepare", "cpt", "sft", "evaluate", "report")  # what --only, --until and --force name
 # What of a stage the next one computes from; logs, metrics and timings may differ between equal runs.
@@ -116,7 +127,7 @@ def render(plan: dict[str, Planned]) -> str:
 
 def output_digest(directory: Path) -> str:
     """Digest of what the next stage computes from, as the artifact recorded it; empty while it is not finished."""
-    if not (artifact := read_json(directory / ARTIFACT)):
+    if not (artifact := read_sound_artifact(directory)):
         return ""
     primary = PRIMARY_OUTPUT[read_order(directory).kind]
     said = {name: of["sha256"] for name, of in artifact["outputs"].items() if name.startswith(primary)}

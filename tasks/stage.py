@@ -163,8 +163,21 @@ def read_json(path: Path) -> Any:
     """A JSON file's content; None when it is gone, or is none (a disk that rots spares nothing)."""
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return None
+
+
+def read_sound_artifact(directory: Path) -> dict[str, Any] | None:
+    """The artifact; None when it is gone, or a bit that flipped took one of its fields away."""
+    artifact = read_json(directory / ARTIFACT)
+    try:
+        sound = isinstance(artifact["how"], dict) and isinstance(artifact["counts"], dict)
+        for said in artifact["outputs"].values():
+            sound = sound and isinstance(said["sha256"], str)
+            sound = sound and isinstance(said["bytes"], int) and isinstance(said["mtime_ns"], int)
+    except (LookupError, TypeError, AttributeError):
+        return None
+    return artifact if sound else None
 
 
 def damage(directory: Path) -> str:
@@ -172,17 +185,20 @@ def damage(directory: Path) -> str:
 
     A file whose size and time of change are as recorded is taken as unchanged; any other is digested again.
     """
-    if not (artifact := read_json(directory / ARTIFACT)):
+    if not (artifact := read_sound_artifact(directory)):
         return f"{ARTIFACT} is unreadable"
     for name, said in artifact["outputs"].items():
         file = directory / name
-        if not file.is_file():
-            return f"{name} is missing"
-        stat = file.stat()
-        if stat.st_size != said["bytes"]:
-            return f"{name} holds {stat.st_size} bytes, not {said['bytes']}"
-        if stat.st_mtime_ns != said["mtime_ns"] and file_sha256(file) != said["sha256"]:
-            return f"{name} has changed since it was written"
+        try:
+            if not file.is_file():
+                return f"{name} is missing"
+            stat = file.stat()
+            if stat.st_size != said["bytes"]:
+                return f"{name} holds {stat.st_size} bytes, not {said['bytes']}"
+            if stat.st_mtime_ns != said["mtime_ns"] and file_sha256(file) != said["sha256"]:
+                return f"{name} has changed since it was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return ""
 
 

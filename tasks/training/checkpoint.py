@@ -90,6 +90,15 @@ def damage(checkpoint: Path) -> str:
         said = json.loads((checkpoint / DIGESTS).read_text())
     except (OSError, ValueError):
         return f"{DIGESTS} is missing or unreadable"
+    try:
+        return _difference(checkpoint, said)
+    except OSError as error:  # a sector that cannot be read
+        return f"{error.filename or 'a file'} cannot be read: {error.strerror}"
+    except (LookupError, TypeError, AttributeError, ValueError):  # a bit that flipped in a name, a key or a bracket
+        return f"{DIGESTS} says something else than it was written with"
+
+
+def _difference(checkpoint: Path, said: dict[str, dict[str, str | int]]) -> str:
     for name, entry in said.items():
         file = checkpoint / name
         if not file.is_file():

@@ -1,5 +1,6 @@
 """A stage's directory: identity, artifact, damage, lock."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks import stage
 from tasks.errors import UserError
 from tasks.plan import output_digest, why_not_reused
 from tasks.stage import Order, damage, finish, is_done, read_artifact, read_order, set_aside, stage_lock, write_order
@@ -136,6 +138,30 @@ def test_a_rotten_record_is_told_without_a_traceback(tmp_path: Path, file: str) 
     else:
         with pytest.raises(UserError, match=r"order.json is unreadable"):
             read_order(directory)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [('"outputs"', '"oupputs"'), ('"bytes": 8', '"bxtes": 8'), ('"bytes": 8', '"bytes": "8"'), ('"how"', '"hov"')],
+)
+def test_a_bit_that_flipped_in_an_artifact_is_a_reason_to_run_again(tmp_path: Path, change: tuple[str, str]) -> None:
+    directory = finished(tmp_path)
+    text = (directory / "artifact.json").read_text()
+    (directory / "artifact.json").write_text(text.replace(*change))
+    assert text != text.replace(*change)
+    assert why_not_reused(directory) == ["artifact.json is unreadable"] and output_digest(directory) == ""
+
+
+def test_an_output_that_cannot_be_read_is_a_reason_to_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    directory = finished(tmp_path)
+    os.utime(directory / "model" / "weights", (1, 1))
+    monkeypatch.setattr(stage, "file_sha256", refuse)
+    assert why_not_reused(directory) == ["model/weights cannot be read: Input/output error"]
 
 
 def test_what_a_killed_run_was_writing_goes_when_the_stage_is_finished(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,18 @@ def test_only_the_last_ones_are_kept_and_nothing_is_left_aside(tmp_path: Path) -
     assert checkpoint.newest_whole(tmp_path, 100) == checkpoint.list_checkpoints(tmp_path)[0]
 
 
-@pytest.mark.parametrize("harm", ["truncated", "changed", "missing", "no digests"])
+ROTTEN = {  # harm -> what digests.json holds in place of what was written
+    "a key": ('"bytes"', '"bxtes"'),
+    "a name": ('"state.json"', '"../state.json"'),
+    "an entry": ('"shards/rank0": {', '"shards/rank0": 7, "more": {'),
+    "a list": (None, "[1, 2]"),
+    "nothing": (None, ""),
+}
+
+
+@pytest.mark.parametrize("harm", ["truncated", "changed", "missing", "no digests", "unreadable", *ROTTEN])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, harm: str
 ) -> None:
     older, newest = write(tmp_path, 10), write(tmp_path, 20)
     shard = newest / "shards" / "rank0"
@@ -37,8 +47,21 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
         shard.write_bytes(b"\xff" + shard.read_bytes()[1:])
     elif harm == "missing":
         shard.unlink()
-    else:
+    elif harm == "no digests":
         (newest / checkpoint.DIGESTS).unlink()
+    elif harm == "unreadable":
+        read = checkpoint.file_sha256
+
+        def refuse(path: Path) -> str:
+            if path == shard:
+                raise OSError(errno.EIO, "Input/output error", str(path))
+            return read(path)
+
+        monkeypatch.setattr(checkpoint, "file_sha256", refuse)
+    else:
+        digests, (before, after) = newest / checkpoint.DIGESTS, ROTTEN[harm]
+        digests.write_text(digests.read_text().replace(before, after, 1) if before else after)
+        (newest.parent / "state.json").write_text("20")  # what "a name" points at is a file of that size
     assert checkpoint.newest_whole(tmp_path, 99) == older
     said = capsys.readouterr().out
     assert "step 20 is damaged" in said and "falling back" in said
