@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import UserError
-from tasks.holder import read_holder
+from tasks.holder import read_holder, still_stands
 
 DRIVER = Path("/proc/driver/nvidia/gpus")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -41,8 +41,8 @@ def booked(
 ) -> Iterator[list[int]]:
     """Hold the locks of the GPUs that a worker of `module` uses; yields their descriptors, for it to inherit.
 
-    `holder` is what others read who wait. `on_wait` is told, once a GPU, which one is awaited and who holds it.
-    `meanwhile` is called again and again while one is awaited; what it raises ends the waiting.
+    `holder` is what others read who wait. `on_wait` is told, once a GPU and holder, which one is awaited and
+    who holds it. `meanwhile` is called again and again while one is awaited; what it raises ends the waiting.
     """
     with contextlib.ExitStack() as locks:
         yield [locks.enter_context(_locked(name, holder, on_wait, meanwhile)) for name in sorted(gpus_of(module, how))]
@@ -83,17 +83,30 @@ def _uuids() -> list[str]:
 
 @contextmanager
 def _locked(gpu: str, holder: str, on_wait: Callable[[str], None], meanwhile: Callable[[], None]) -> Iterator[int]:
-    descriptor = _open(lock_folder() / f"{re.sub(r'[^A-Za-z0-9-]', '_', gpu)}.lock")
+    descriptor = _open_locked(gpu, on_wait, meanwhile)
     try:
-        if not _take(descriptor):
-            on_wait(f"waiting: GPU {gpu} is held by {read_holder(descriptor)}")
-            while not _take(descriptor):
-                meanwhile()
-                time.sleep(POLL_SECONDS)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} ({holder}), since {time.strftime('%F %T')}".encode(), 0)
         yield descriptor
     finally:
+        os.close(descriptor)
+
+
+def _open_locked(gpu: str, on_wait: Callable[[str], None], meanwhile: Callable[[], None]) -> int:
+    path = lock_folder() / f"{re.sub(r'[^A-Za-z0-9-]', '_', gpu)}.lock"
+    while True:
+        descriptor = _open(path)
+        try:
+            if not _take(descriptor):
+                on_wait(f"waiting: GPU {gpu} is held by {read_holder(descriptor)}")
+                while not _take(descriptor):
+                    meanwhile()
+                    time.sleep(POLL_SECONDS)
+            if still_stands(descriptor, path):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
 
 

@@ -1,9 +1,12 @@
-"""Who holds a lock: the words that its holder writes into the file (tasks/stage.py, tasks/gpus.py)."""
+"""What the locks of stages and GPUs share (tasks/stage.py, tasks/gpus.py): the words that a holder writes into the
+file, and whether the file still is the one that others lock."""
 
 from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
+from pathlib import Path
 
 
 def read_holder(descriptor: int) -> str:
@@ -13,3 +16,11 @@ def read_holder(descriptor: int) -> str:
             return said
         time.sleep(0.02)
     return "another process"
+
+
+def still_stands(descriptor: int, path: Path) -> bool:
+    """Whether a file just locked is the one at its path: a cleaner of old files may have removed it after we opened it,
+    and then the next one to come makes another, and locks that."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False

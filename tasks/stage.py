@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import UserError
-from tasks.holder import read_holder
+from tasks.holder import read_holder, still_stands
 from tasks.provenance import git_commit, installed_versions
 
 # Bumped when a worker's output changes for the same order; part of every key.
@@ -263,15 +263,27 @@ def stage_lock(directory: Path, on_wait: Callable[[str], None], wait: bool = Tru
     if inherited := os.environ.get(LOCK_FD_VARIABLE):  # our launcher holds it for us
         yield int(inherited)
         return
-    path = directory.parent / ".locks" / f"{directory.name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = _open_locked(directory, on_wait, wait)
     try:
-        _acquire(descriptor, directory, on_wait, wait)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()}, since {time.strftime('%F %T')}".encode(), 0)
         yield descriptor
     finally:
+        os.close(descriptor)
+
+
+def _open_locked(directory: Path, on_wait: Callable[[str], None], wait: bool) -> int:
+    path = directory.parent / ".locks" / f"{directory.name}.lock"
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            _acquire(descriptor, directory, on_wait, wait)
+            if still_stands(descriptor, path):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
 
 

@@ -64,6 +64,30 @@ def test_who_waits_is_told_who_holds_it_and_a_killed_holder_frees_it() -> None:
         thread.join()
 
 
+def test_a_lock_that_a_cleaner_removed_lets_no_two_in(tmp_path: Path) -> None:
+    """Two wait for a file that is removed meanwhile; what the first one gets has to keep the second one out."""
+    got, done = [threading.Event(), threading.Event()], threading.Event()
+
+    def book(number: int) -> None:
+        with booked("tasks.evaluation", TWO, f"runs/{number}", lambda _: None):
+            got[number].set()
+            done.wait(30)
+
+    with booked("tasks.evaluation", TWO, "runs/cpt-1", print):
+        first = threading.Thread(target=book, args=(0,))
+        first.start()
+        assert not got[0].wait(0.5)
+        (tmp_path / "locks" / "0.lock").unlink()
+    assert got[0].wait(10)
+    second = threading.Thread(target=book, args=(1,))
+    second.start()
+    assert not got[1].wait(0.5)
+    done.set()
+    for thread in (first, second):
+        thread.join(10)
+    assert got[1].is_set()
+
+
 def test_waiting_can_be_given_up() -> None:
     """As an agent does that is stopped, or whose stage has ended elsewhere."""
 

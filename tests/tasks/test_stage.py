@@ -127,6 +127,17 @@ def test_who_waits_is_told_whom_for(tmp_path: Path) -> None:
         assert told and f"process {holder.pid}" in told[0]
 
 
+def test_a_lock_that_a_cleaner_removed_lets_no_two_in(tmp_path: Path) -> None:
+    directory, removed = tmp_path / "cpt-1", tmp_path / ".locks" / "cpt-1.lock"
+    command = [sys.executable, "-c", HOLD.replace("60", "1.5"), str(directory)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
+        assert holder.stdout and holder.stdout.readline() == "held\n"
+        with stage_lock(directory, lambda _: removed.unlink()):  # while we wait for it
+            assert holder.wait(5) == 0
+            with pytest.raises(UserError, match="is being computed"), stage_lock(directory, print, wait=False):
+                pass
+
+
 @pytest.mark.parametrize("file", ["artifact.json", "order.json"])
 def test_a_rotten_record_is_told_without_a_traceback(tmp_path: Path, file: str) -> None:
     directory = finished(tmp_path)
