@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     stop_requested: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, _frame: stop_requested.append(received))
-    parent = os.getppid()
+    parent, guard = os.getppid(), os.getpid()
     _tie_to_parent()
     if os.getppid() != parent:  # it died before the kernel knew that we care
         return 143
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         command,
         start_new_session=True,
         close_fds=False,
-        preexec_fn=_tie_to_guard,  # noqa: PLW1509  # we have no threads
+        preexec_fn=lambda: _tie_to_guard(guard),  # noqa: PLW1509  # we have no threads
     )
     while not has_ended(worker, POLL_SECONDS) and not stop_requested:
         pass
@@ -60,10 +60,12 @@ def main(argv: list[str]) -> int:
     return 128 - code if code < 0 else code
 
 
-def _tie_to_guard() -> None:
+def _tie_to_guard(guard: int) -> None:
     """In the worker before it starts: a guard that was killed itself (out of memory) takes it along, in order."""
     if _libc is not None:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != guard:  # it died before the kernel knew that we care
+        os._exit(143)
 
 
 def has_ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
@@ -106,10 +108,7 @@ def _end_all(worker: subprocess.Popen[bytes], term_seconds: float) -> None:
 
 def _living(worker: subprocess.Popen[bytes]) -> dict[int, tuple[int, int]]:
     """Parent and group of every process below us that has not ended."""
-    worker.poll()  # first, or the loop below would take its exit code away
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:  # reap what we inherited
-            pass
+    _reap(worker)
     all_processes = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):  # noqa: PTH208  # importing pathlib takes a tenth of our start-up
         with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/stat") as stat:  # noqa: PTH123
@@ -121,6 +120,16 @@ def _living(worker: subprocess.Popen[bytes]) -> dict[int, tuple[int, int]]:
         newest = {pid for pid, (parent, _) in all_processes.items() if parent in newest} - below
         below |= newest
     return {pid: all_processes[pid] for pid in below - {os.getpid()}}
+
+
+def _reap(worker: subprocess.Popen[bytes]) -> None:
+    """Reap what we inherited. The worker is left to Popen, which takes an exit code that someone else reaped for 0."""
+    with contextlib.suppress(ChildProcessError):
+        while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if ended.si_pid == worker.pid and worker.returncode is None:
+                worker.poll()
+            else:
+                os.waitpid(ended.si_pid, 0)
 
 
 if __name__ == "__main__":
