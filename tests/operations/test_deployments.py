@@ -53,6 +53,10 @@ def test_gpu_pools_take_one_run_at_a_time() -> None:
     assert {limit for pool, limit in POOL_LIMITS.items() if pool.startswith("gpu")} == {1}
 
 
+def test_no_deployment_has_a_limit_whose_lease_a_restarted_server_forgets() -> None:
+    assert [deployment["name"] for deployment in DEPLOYMENTS if "concurrency_limit" in deployment] == []
+
+
 def test_no_secret_stands_in_what_prefect_stores_in_plain_text() -> None:
     text = (ROOT / "prefect.yaml").read_text()
     assert not re.search(r"token|key|password|prefect\.blocks\.secret", text, re.IGNORECASE)
