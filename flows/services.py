@@ -16,6 +16,8 @@ from tasks.errors import UserError
 GRACE_SECONDS = 27.0
 POLL_SECONDS = 0.3
 LONGEST_PAUSE_SECONDS = 60.0
+MOST_DOUBLINGS = 6  # 2**6 s is past the longest pause; past 2**1023 a float overflows
+LONG_LIFE_SECONDS = 600.0  # what lived as long and dies has not failed to start
 TAIL_LINES = 12
 
 
@@ -29,10 +31,12 @@ class Service:
     environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     failures: int = 0
-    again_at: float = 0.0  # time.monotonic() from which it may be started again
+    started_at: float = 0.0  # by time.monotonic(), as the next one
+    again_at: float = 0.0  # from when it may be started again
 
     def start(self) -> None:
         """Start it in a session of its own: Ctrl-C reaches us alone, and we stop everything in order."""
+        self.started_at = time.monotonic()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         guard = [sys.executable, "-m", "tasks.guard", "--grace", str(GRACE_SECONDS), "--"]
         with self.log.open("ab") as sink:
@@ -72,16 +76,21 @@ class Service:
 
 
 def revive(services: list[Service], say: Callable[[str], None]) -> None:
-    """Start again what has died, after a pause that doubles each time."""
+    """Start again what has died, after a pause that doubles each time; one that lived long begins anew."""
     for service in services:
         if service.runs or time.monotonic() < service.again_at:
             continue
-        pause = min(LONGEST_PAUSE_SECONDS, 2.0**service.failures)
+        if time.monotonic() - service.started_at > LONG_LIFE_SECONDS:
+            service.failures = 0
+        pause = min(LONGEST_PAUSE_SECONDS, 2.0 ** min(service.failures, MOST_DOUBLINGS))
         service.failures += 1
         service.again_at = time.monotonic() + pause
         code = service.process.returncode if service.process else None
         say(f"{service.name} ended (exit code {code}) and is started again; its log: {service.log}")
-        service.start()
+        try:
+            service.start()
+        except OSError as error:  # no memory, no space for its log: the others live on, and it is tried again
+            say(f"{service.name} could not be started: {error}; the next try is in {pause:.0f} s")
 
 
 def stop_all(services: list[Service], say: Callable[[str], None]) -> None:

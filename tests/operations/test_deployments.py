@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from prefect.utilities.callables import parameter_schema
 
 from flows.parameters import CONFIG_PATTERN, hardware_tags
 from flows.pools import POOL_LIMITS, pools
-from flows.services import Service, revive
+from flows.services import LONG_LIFE_SECONDS, LONGEST_PAUSE_SECONDS, Service, revive
 from tasks.config import load_config, load_hardware
 from tasks.errors import UserError
 from tasks.hardware import AUTO
@@ -114,6 +115,24 @@ def test_what_dies_is_started_again_with_a_pause(tmp_path: Path) -> None:
         assert not service.runs and len(said) == 1  # not at once again
     finally:
         service.stop()
+
+
+def test_a_service_that_fails_for_ever_is_tried_for_ever(tmp_path: Path) -> None:
+    service = Service("a stubborn one", ["true"], tmp_path / "a file/log", failures=5000)
+    (tmp_path / "a file").touch()  # where its folder of logs should be: it cannot be started
+    said: list[str] = []
+    service.started_at = time.monotonic()
+    revive([service], said.append)
+    assert service.failures == 5001 and 50 < service.again_at - time.monotonic() <= LONGEST_PAUSE_SECONDS
+    assert "could not be started" in said[1] and "in 60 s" in said[1]
+
+
+def test_a_long_life_is_no_failure(tmp_path: Path) -> None:
+    service = Service("an old one", ["true"], tmp_path / "log", failures=9)
+    service.started_at = time.monotonic() - LONG_LIFE_SECONDS - 1
+    revive([service], lambda _line: None)
+    service.stop()
+    assert service.failures == 1 and service.again_at - time.monotonic() <= 1
 
 
 def units() -> list[str]:
