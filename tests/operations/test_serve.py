@@ -118,6 +118,20 @@ def test_a_config_that_is_wrong_inside_fails_with_our_message(served: Served) ->
     assert "Traceback" not in logged
 
 
+def test_a_run_marked_crashed_goes_on_and_the_next_one_takes_its_result_over(served: Served) -> None:
+    """As after a server that was away for too long: the mark ends no process."""
+    shutil.copy(served.project / "configs/regulator.yaml", served.project / "configs/away.yaml")
+    change(served, "configs/away.yaml", "seed: 0", "seed: 9")
+    first = served.start_run(config="configs/away.yaml", until="cpt")
+    wait_for(lambda: cpt_states(served, first) == ["Running"], 120)
+    served.api(f"/flow_runs/{first}/set_state", {"state": {"type": "CRASHED", "name": "Crashed"}, "force": True})
+    second = served.wait_for_run(served.start_run(config="configs/away.yaml", until="cpt"))
+    assert second["state_name"] == "Completed", second["state"]["message"]
+    assert served.task_states(second["id"])["cpt"] == "Cached"
+    wait_for(lambda: served.api(f"/flow_runs/{first}")["state_name"] == "Completed", 60)
+    assert served.task_states(first)["cpt"] == "Completed"
+
+
 def test_a_failed_worker_shows_its_last_lines(served: Served) -> None:
     shutil.copy(served.project / "configs/regulator.yaml", served.project / "configs/broken.yaml")
     change(served, "configs/broken.yaml", "path: ./base", "path: ./broken")
@@ -157,6 +171,11 @@ def run_by_schedule(served: Served) -> dict[str, Any]:
     finally:
         served.api(f"/deployments/{deployment}/schedules/{made['id']}", method="DELETE")
     return served.wait_for_run(run["id"])
+
+
+def cpt_states(served: Served, run_id: str) -> list[str]:
+    found = served.api("/task_runs/filter", {"flow_runs": {"id": {"any_": [run_id]}}})
+    return [task["state_name"] for task in found if task["name"] == "cpt"]
 
 
 def change(served: Served, config: str, before: str, after: str) -> None:
