@@ -30,8 +30,8 @@ from prefect.states import Crashed
 from flows.pools import POOL_LIMITS, PREFECT_FILE, pools
 from tasks.errors import EXIT_USER_ERROR, UserError
 
-# Three heartbeats (every 30 s, see prefect.yaml) may be missed, and a server that was away for a minute hears the next one
-# before it judges. The automation looks every few seconds: with 90 s a killed run was Crashed after 89-94 s.
+# Three heartbeats (every 30 s, see prefect.yaml) may be missed, and a server that was away for a minute hears the next
+# one before it judges. The automation looks every few seconds: with 90 s a killed run was Crashed after 89-94 s.
 SECONDS_WITHOUT_HEARTBEAT = 120
 ALIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 AUTOMATION = "crashed-without-heartbeat"

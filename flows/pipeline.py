@@ -12,6 +12,7 @@ Exit codes: 0 done; 2 bad input; 75 stopped with a checkpoint saved, run again t
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 
 from flows.console import calm
+from flows.credentials import VARIABLE as SECRETS
 from flows.credentials import load_secrets
 from flows.parameters import DEFAULT_CONFIG, Config, HardwareOrDefault, Stage
 from flows.routing import hand_over
@@ -117,6 +119,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = _parse(argv)
     try:
+        if os.environ.get(SECRETS):  # the plan may ask the hub for a gated model; only for them a server starts already
+            tie_temporary_server()
+            load_secrets()
         plan = load_plan(options.config, options.hardware)  # a bad config is told before any server starts
         if options.plan:
             _show_plan(plan)

@@ -10,6 +10,7 @@ server by its descriptor, so that a number used again is never hit.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import signal
@@ -19,6 +20,7 @@ import sys
 SECONDS_TO_END = 5.0
 
 
+@functools.cache  # once: tied twice, each server would have two to wait for it
 def tie_temporary_server() -> None:
     """From now on every temporary server of this process is tied to it; with a real server there will be none."""
     from prefect.settings import PREFECT_API_URL

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from prefect.client.orchestration import get_client
 
+import flows.credentials
+import flows.pipeline
 from flows.pipeline import load_plan, main, pipeline
 from flows.stages import report as report_flow
 from tasks.stage import read_artifact
@@ -149,6 +151,20 @@ def test_a_bad_config_starts_no_server(project: Path) -> None:
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
     assert done.returncode == 2 and "cpt.tokens" in done.stderr
     assert not (project / "prefect" / "prefect.db").exists() and not (project / "runs").exists()
+
+
+def test_secrets_are_there_before_the_plan_asks_the_hub(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+    make = flows.pipeline.load_plan
+    monkeypatch.setenv("STEEP_SECRET_BLOCKS", "STEEP_TEST_TOKEN=hub")
+    monkeypatch.setenv("STEEP_TEST_TOKEN", "")  # so that it is taken back at the end
+    monkeypatch.delenv("STEEP_TEST_TOKEN")
+    monkeypatch.setattr(flows.credentials, "_value", {"hub": "a token"}.__getitem__)
+    monkeypatch.setattr(
+        flows.pipeline, "load_plan", lambda *asked: (seen.append(os.environ.get("STEEP_TEST_TOKEN")), make(*asked))[1]
+    )
+    assert main(["--config", str(project / "run.yaml"), "--plan"]) == 0
+    assert seen == ["a token"]
 
 
 def test_the_tag_cpu_x2_trains_two_sharded_processes(project: Path) -> None:
