@@ -3,26 +3,45 @@
     python -m flows.files --host 127.0.0.1 --port 4201
 
 Reports hold text from the data. Scripts and foreign addresses are forbidden by a header, so that nothing in them acts;
-dot files, and links that lead out of `runs/`, are not served.
+dot files, and links that lead out of `runs/`, are not served. PREFECT_SERVER_API_AUTH_STRING=user:password holds here
+as for Prefect's server. On loopback a request must name loopback: a web page whose own name was pointed at 127.0.0.1
+after it was loaded could read the answers otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import functools
+import hmac
 import http.server
+import os
 import sys
+from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
+LOOPBACK = ("127.0.0.1", "localhost")
+CREDENTIALS = "PREFECT_SERVER_API_AUTH_STRING"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data: 'self'; sandbox"
 AS_TEXT = (".log", ".md", ".yaml", ".jsonl", ".json", ".csv", ".jinja")
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """GET and HEAD below one folder."""
+    """GET and HEAD below one folder, for those who know the credentials where there are some."""
+
+    def __init__(self, *arguments: Any, credentials: str = "", **options: Any) -> None:
+        self.credentials = credentials  # first: the base class answers the request in its own __init__
+        super().__init__(*arguments, **options)
 
     def send_head(self):  # type: ignore[no-untyped-def]  # as the base class has it
-        """Refuse what leads out of the folder."""
+        """Refuse strangers, and what leads out of the folder."""
+        if not self._names_us():
+            self.send_error(HTTPStatus.MISDIRECTED_REQUEST, explain=f"this server is {' or '.join(LOOPBACK)}")
+            return None
+        if not self._may_read():
+            self.send_error(HTTPStatus.UNAUTHORIZED)
+            return None
         root = Path(self.directory).resolve()
         path = Path(self.translate_path(self.path))
         if not path.resolve().is_relative_to(root) or any(
@@ -31,6 +50,22 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.send_error(404)
             return None
         return super().send_head()
+
+    def _names_us(self) -> bool:
+        assert isinstance(self.server, http.server.HTTPServer)
+        named = self.headers.get("Host", "").partition(":")[0].lower()
+        return self.server.server_address[0] not in LOOPBACK or named in LOOPBACK
+
+    def _may_read(self) -> bool:
+        wanted = "Basic " + base64.b64encode(self.credentials.encode()).decode()
+        given = self.headers.get("Authorization", "")
+        return not self.credentials or hmac.compare_digest(given.encode(), wanted.encode())
+
+    def send_response(self, code: int, message: str | None = None) -> None:
+        """A browser asks the user for the credentials when the answer says of which kind they are."""
+        super().send_response(code, message)
+        if code == HTTPStatus.UNAUTHORIZED:
+            self.send_header("WWW-Authenticate", 'Basic realm="steep", charset="UTF-8"')
 
     def end_headers(self) -> None:
         """Every answer carries the policy."""
@@ -55,7 +90,8 @@ def main() -> int:
     parser.add_argument("--folder", default="runs")
     options = parser.parse_args()
     Path(options.folder).mkdir(exist_ok=True)
-    handler = functools.partial(Handler, directory=str(Path(options.folder).resolve()))
+    directory, credentials = str(Path(options.folder).resolve()), os.environ.get(CREDENTIALS, "")
+    handler = functools.partial(Handler, directory=directory, credentials=credentials)
     with http.server.ThreadingHTTPServer((options.host, options.port), handler) as server:
         server.serve_forever()
     return 0

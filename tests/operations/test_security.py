@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -50,6 +51,56 @@ def test_a_report_is_shown_and_its_scripts_are_dead(view: str) -> None:
 def test_nothing_outside_is_shown(view: str, path: str) -> None:
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(view + path)
+
+
+def ask(url: str, method: str = "GET", **headers: str) -> int:
+    """The answer's status."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers, method=method)) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as refused:
+        if refused.code == 401:
+            assert refused.headers["WWW-Authenticate"].startswith("Basic ")  # or no browser asks its user
+        return refused.code
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "0.0.0.0", ""])
+def test_a_page_whose_name_was_pointed_at_us_reads_nothing(view: str, host: str) -> None:
+    path = f"{view}/report-1/report.html"
+    assert ask(path, Host=host) == 421
+    assert ask(path, Host="localhost") == ask(path, Host="LOCALHOST:8001") == 200
+
+
+def test_reports_want_the_credentials_of_the_server(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("numbers")
+    handler = partial(Handler, directory=str(tmp_path), credentials="user:pass word")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        for path in ("/", "/report.html", "/gone.html"):
+            assert ask(url + path) == ask(url + path, method="HEAD") == 401
+        for wrong in ("user:pass", "user:pass word ", ":", "üser:pass word"):
+            assert ask(f"{url}/report.html", Authorization=basic(wrong)) == 401
+        assert ask(f"{url}/report.html", Authorization="Bearer user:pass word") == 401
+        assert ask(f"{url}/report.html", Authorization=basic("user:pass word")) == 200
+    finally:
+        server.shutdown()
+
+
+def basic(credentials: str) -> str:
+    return "Basic " + base64.b64encode(credentials.encode()).decode()
+
+
+@pytest.mark.operations
+def test_the_server_lets_no_foreign_page_read_what_it_holds(served: Served) -> None:
+    port = served.url.rpartition(":")[2]
+    allowed = {}
+    for origin in (f"http://127.0.0.1:{port}", f"http://localhost:{port}", "https://evil.example", "null"):
+        asked = urllib.request.Request(f"{served.url}/api/admin/version", headers={"Origin": origin})
+        with urllib.request.urlopen(asked) as answer:
+            allowed[origin] = answer.headers["Access-Control-Allow-Origin"]
+    assert allowed == {origin: origin if port in origin else None for origin in allowed}
 
 
 @pytest.mark.operations
