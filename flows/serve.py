@@ -22,13 +22,16 @@ from pathlib import Path
 from types import FrameType
 
 from flows import postgres
+from flows.files import LOOPBACK
 from flows.pools import POOL_LIMITS, pools, pools_of_this_machine
 from flows.services import POLL_SECONDS, Service, revive, stop_all
 from tasks.errors import EXIT_USER_ERROR, UserError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ANY_ADDRESS = ("0.0.0.0", "::")
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+ANY_ADDRESS = "0.0.0.0"
+DATABASE = "PREFECT_API_DATABASE_CONNECTION_URL"
+# Prefect's own answer is `*`: any page that the user visits could read and start what the server holds.
+ORIGINS = ("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS")  # new name, old name
 # The first start migrates an empty database: 40 s on two busy cores.
 SECONDS_TO_START = 180.0
 PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
@@ -61,17 +64,16 @@ def _start(options: argparse.Namespace, services: list[Service]) -> None:
     _check_address(options.host, options.port)
     home = Path(os.environ["PREFECT_HOME"])
     logs = home / "logs"
+    workers_are_ours = options.host in LOOPBACK and DATABASE not in os.environ  # and none of them runs yet
     database = _start_database(options.database, home, services)
-    shown = socket.gethostname() if options.host in ANY_ADDRESS else options.host
+    shown = socket.gethostname() if options.host == ANY_ADDRESS else options.host
     url = f"http://{shown}:{options.port}"
     _start_server(options, url, logs, services)
     files_url = f"http://{shown}:{options.port + 1}"
     _start_files(options, logs, services)
 
     os.environ |= {"PREFECT_API_URL": f"{url}/api", "STEEP_FILES_URL": files_url}
-    # On loopback every worker is ours, and none runs yet: what is Running cannot be.
-    deploy = [sys.executable, "-m", "flows.deploy", *(["--mark-lost"] if options.host in LOOPBACK else [])]
-    if subprocess.run(deploy, check=False).returncode:  # it has said why
+    if subprocess.run(_deploy_command(workers_are_ours), check=False).returncode:  # it has said why
         raise UserError("the deployments could not be registered", where="prefect.yaml")
     started = options.pools or pools_of_this_machine()
     for pool in started:
@@ -82,8 +84,8 @@ def _start(options: argparse.Namespace, services: list[Service]) -> None:
 
 def _start_database(wanted: str | None, home: Path, services: list[Service]) -> str:
     """Start PostgreSQL and name it to Prefect; a text for the page."""
-    if "PREFECT_API_DATABASE_CONNECTION_URL" in os.environ:
-        return "as PREFECT_API_DATABASE_CONNECTION_URL says"
+    if DATABASE in os.environ:
+        return f"as {DATABASE} says"
     binaries = postgres.find_binaries()
     if wanted == "sqlite" or (wanted is None and binaries is None):
         install = "" if binaries else "; install PostgreSQL (Debian: apt-get install postgresql) for more"
@@ -96,7 +98,7 @@ def _start_database(wanted: str | None, home: Path, services: list[Service]) -> 
     services.append(service)
     service.start()
     service.wait_until(cluster.ready, SECONDS_TO_START)
-    os.environ["PREFECT_API_DATABASE_CONNECTION_URL"] = cluster.url
+    os.environ[DATABASE] = cluster.url
     return f"PostgreSQL in {cluster.data}"
 
 
@@ -107,6 +109,9 @@ def _start_server(options: argparse.Namespace, url: str, logs: Path, services: l
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     }
+    if not any(name in os.environ for name in ORIGINS):
+        ours = [url, *(f"http://{name}:{options.port}" for name in LOOPBACK)]
+        environment[ORIGINS[0]] = ",".join(dict.fromkeys(ours))
     server = Service("the server", command, logs / "server.log", environment)
     services.append(server)
     _say("starting the server; the first time it makes its tables, which takes up to a minute")
@@ -121,6 +126,11 @@ def _start_files(options: argparse.Namespace, logs: Path, services: list[Service
     services[-1].start()
 
 
+def _deploy_command(workers_are_ours: bool) -> list[str]:
+    """Register everything; where all workers are ours, what is shown as Running cannot be: none of them runs yet."""
+    return [sys.executable, "-m", "flows.deploy", *(["--mark-lost"] if workers_are_ours else [])]
+
+
 def _worker(pool: str, logs: Path) -> Service:
     name = f"{socket.gethostname()}-{pool}"
     command = [*PREFECT, "worker", "start", "--pool", pool, "--type", "process", "--name", name]
@@ -129,6 +139,9 @@ def _worker(pool: str, logs: Path) -> Service:
 
 
 def _check_address(host: str, port: int) -> None:
+    if ":" in host:
+        raise UserError(f"'{host}' is an IPv6 address", where="--host", allowed="an IPv4 address, or a host's name",
+                        todo="make serve HOST=127.0.0.1, or HOST=0.0.0.0")  # fmt: skip
     if host not in LOOPBACK and "PREFECT_SERVER_API_AUTH_STRING" not in os.environ:
         _say(f"{host} is open to the network: whoever reaches it can start runs. "
              "Set PREFECT_SERVER_API_AUTH_STRING=user:password, and put TLS before it")  # fmt: skip
@@ -136,7 +149,7 @@ def _check_address(host: str, port: int) -> None:
     if not os.environ["PREFECT_API_AUTH_STRING"]:
         del os.environ["PREFECT_API_AUTH_STRING"]
     for number in (port, port + 1):
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((host, number))

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from prefect.utilities.callables import parameter_schema
 
+from flows import serve
 from flows.parameters import CONFIG_PATTERN, hardware_tags
 from flows.pools import POOL_LIMITS, pools
 from flows.services import LONG_LIFE_SECONDS, LONGEST_PAUSE_SECONDS, Service, revive
@@ -21,6 +22,7 @@ from tasks.config import load_config, load_hardware
 from tasks.errors import UserError
 from tasks.hardware import AUTO
 from tests.conftest import ROOT
+from tests.operations.conftest import free_port
 
 DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
 
@@ -95,6 +97,32 @@ def test_deploying_nowhere_says_where_to(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     assert deploy.main() == 2
     assert "make serve" in capsys.readouterr().err
+
+
+def test_only_runs_of_our_own_workers_are_marked_lost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On loopback over a database of our own; one that was named may hold the living runs of other machines."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    for name in ("PREFECT_API_URL", "STEEP_FILES_URL"):
+        monkeypatch.setenv(name, "")  # set by what follows; put back at the end
+    started: list[list[str]] = []
+    monkeypatch.setattr(Service, "start", lambda _service: None)
+    monkeypatch.setattr(Service, "wait_until", lambda *_: None)
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: started.append(command) or subprocess.CompletedProcess([], 0)
+    )
+    for host, database, marks in (("127.0.0.1", "", True), ("localhost", "", True), ("0.0.0.0", "", False),
+                                  ("127.0.0.1", "postgresql+asyncpg://elsewhere/prefect", False)):  # fmt: skip
+        monkeypatch.delenv("PREFECT_API_DATABASE_CONNECTION_URL", raising=False)
+        if database:
+            monkeypatch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", database)
+        serve._start(serve._parse(["--host", host, "--port", str(free_port()), "--database", "sqlite"]), [])
+        assert ("--mark-lost" in started.pop()) == marks, (host, database)
+
+
+def test_an_ipv6_address_is_refused_with_what_to_do() -> None:
+    with pytest.raises(UserError, match=r"'::1' is an IPv6 address"):
+        serve._check_address("::1", 4200)
 
 
 def test_what_dies_is_started_again_with_a_pause(tmp_path: Path) -> None:
