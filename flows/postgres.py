@@ -8,12 +8,14 @@ folder is open to its owner alone.
 from __future__ import annotations
 
 import atexit
+import functools
 import hashlib
 import os
 import pwd
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +42,7 @@ class Cluster:
         """Run the server in the foreground."""
         server = [str(self.binaries / "postgres"), "-D", str(self.data), "-k", str(self.socket),
                   "-c", "listen_addresses=", "-c", "unix_socket_permissions=0700"]  # fmt: skip
-        return as_user(self.user, server)
+        return as_user(self.user, server, _ending_with_the_guard())
 
     def ready(self) -> bool:
         """Whether it answers."""
@@ -89,9 +91,25 @@ def forget_dead_server(data: Path) -> None:
         lock.unlink()
 
 
-def as_user(user: str | None, command: list[str]) -> list[str]:
-    """The command, run by that user."""
-    return command if user is None else ["setpriv", "--reuid", user, "--regid", user, "--init-groups", *command]
+def as_user(user: str | None, command: list[str], options: Sequence[str] = ()) -> list[str]:
+    """The command, run by that user (None: by us), with more options of setpriv's."""
+    identity = ["--reuid", user, "--regid", user, "--init-groups"] if user else []
+    return ["setpriv", *identity, *options, *command] if identity or options else command
+
+
+@functools.cache
+def _ending_with_the_guard() -> tuple[str, ...]:
+    """Options of setpriv's for a server that ends when its guard is killed; none where setpriv does not know them.
+
+    The guard has asked the kernel for that (tasks/guard.py), but a change of the user takes it back, and its signal is
+    SIGTERM, at which PostgreSQL waits for its clients to leave while it lets no new one in. At SIGINT it ends at once,
+    in order, and `make serve` starts it again.
+    """
+    try:
+        known = subprocess.run(["setpriv", "--help"], capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return ()
+    return ("--pdeathsig", "INT") if "--pdeathsig" in known else ()
 
 
 def _package_user() -> str:

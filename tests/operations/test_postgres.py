@@ -1,15 +1,48 @@
-"""The lock of a PostgreSQL server whose machine went down."""
+"""PostgreSQL under a guard that is killed, and the lock of a server whose machine went down."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from flows.postgres import forget_dead_server
+from flows.postgres import as_user, find_binaries, forget_dead_server, prepare_cluster
+from flows.services import Service
+from tests.conftest import ROOT
+from tests.tasks.test_launch import alive, wait_for
+
+
+def test_a_killed_guard_takes_postgresql_along_though_a_client_is_connected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (binaries := find_binaries()) is None:
+        pytest.skip("PostgreSQL is not installed here: Debian's package is postgresql")
+    monkeypatch.chdir(ROOT)  # the guard is a module of ours
+    cluster = prepare_cluster(tmp_path, binaries)
+    service = Service("PostgreSQL", cluster.command(), tmp_path / "log")
+    asked = ["psql", "-h", str(cluster.socket), "-U", "steep", "-d", "postgres", "-qc", "select pg_sleep(120)"]
+    try:
+        service.start()
+        service.wait_until(cluster.ready, 60)
+        pid = int((cluster.data / "postmaster.pid").read_text().split("\n", 1)[0])
+        client = subprocess.Popen(as_user(cluster.user, [str(binaries / asked[0]), *asked[1:]]), stderr=subprocess.PIPE)
+        with pytest.raises(subprocess.TimeoutExpired):
+            client.wait(1)  # it is connected, or it would have ended
+        assert service.process is not None
+        service.process.send_signal(signal.SIGKILL)
+        wait_for(lambda: not alive(pid), 10)
+        client.communicate(timeout=10)
+        service.process.wait()
+        service.start()  # its lock is gone: the next one starts
+        service.wait_until(cluster.ready, 60)
+    finally:
+        service.stop()
+        shutil.rmtree(cluster.data)
 
 
 @pytest.mark.parametrize("holder", ["another process", "a zombie", "nobody"])
