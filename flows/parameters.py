@@ -7,6 +7,8 @@ starts: it fails at once, with our message as its state's. They also read the fi
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,10 +22,13 @@ from tasks.plan import GROUPS
 from tasks.yaml_file import SafeLoader, nearest
 
 DEFAULT_CONFIG = "configs/regulator.yaml"
-# Below the project's root, and a YAML file. The server checks it; the command line takes any path. The server answers
-# that the value "does not match" this text, so the text says in words what is allowed: `(?!)` matches nothing.
+# Below the project's root, and a YAML file. The server checks it, and a run that a worker started does once more, as a
+# form's validation can be switched off; the command line takes any path. The server answers that the value "does not
+# match" this text, so the text says in words what is allowed: `(?!)` matches nothing.
 CONFIG_WORDS = "a YAML file below the project, as configs/regulator.yaml"
 CONFIG_PATTERN = rf"(?!){CONFIG_WORDS}|^(?!/)(?!.*\.\.)[A-Za-z0-9_./-]+\.ya?ml$"
+
+STARTED_BY_WORKER = "PREFECT__FLOW_RUN_ID"  # Prefect sets it for the process of a deployment's run
 
 
 def hardware_tags() -> list[str]:
@@ -35,6 +40,9 @@ def hardware_tags() -> list[str]:
 
 
 def _check_config(path: str) -> str:
+    if STARTED_BY_WORKER in os.environ and not re.fullmatch(CONFIG_PATTERN, path):
+        raise UserError(f"a deployment's config cannot be '{path}'", where="parameter config", allowed=CONFIG_WORDS,
+                        todo="copy the file there; on the command line (--config) any path may stand")  # fmt: skip
     load_config(path)
     return path
 

@@ -91,6 +91,26 @@ def test_a_wrong_parameter_says_what_is_allowed() -> None:
         prepare.validate_parameters({"config": "configs/regulator.yaml", "hardware": "cpuu"})
 
 
+@pytest.mark.parametrize(
+    "path", ["{outside}/regulator.yaml", "configs/../../regulator.yaml", "configs/regulator.yaml\n"]
+)
+def test_a_worker_reads_no_config_outside_the_project(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str
+) -> None:
+    """A form's validation can be switched off; the command line may name any file."""
+    from flows.stages import prepare
+
+    shutil.copy(ROOT / "configs/regulator.yaml", tmp_path)
+    monkeypatch.chdir(ROOT)
+    path = path.format(outside=tmp_path)
+    if path.startswith("/"):
+        assert prepare.validate_parameters({"config": path})
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "6a4c1d9c-3c6e-4a4b-9a53-0d4f5ad0b8a1")
+    with pytest.raises(UserError, match=r"a YAML file below the project"):
+        prepare.validate_parameters({"config": path})
+    assert prepare.validate_parameters({"config": "configs/regulator.yaml"})
+
+
 def test_deploying_nowhere_says_where_to(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from flows import deploy
 

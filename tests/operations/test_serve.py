@@ -87,22 +87,23 @@ def test_the_server_refuses_a_wrong_parameter(served: Served, name: str) -> None
     assert said in str(refused.value)
 
 
-SLIPS = {
-    "hardware": ("cpux", "did you mean 'cpu'"),
-    "config": ("configs/gone.yaml", "configs/gone.yaml"),
-    "only": ("cptt", "no stage is called 'cptt'"),
-}
+SLIPS = [
+    ("hardware", "cpux", "did you mean 'cpu'"),
+    ("config", "configs/gone.yaml", "configs/gone.yaml"),
+    ("config", "/etc/hostname", "a deployment's config cannot be '/etc/hostname'"),
+    ("only", "cptt", "no stage is called 'cptt'"),
+]
 
 
 def test_what_slips_through_fails_at_once_with_our_message(served: Served) -> None:
     """As from a form whose box "Validate parameters" is not ticked."""
     deployment = served.api("/deployments/name/pipeline/cpu")["id"]
-    runs = {}
-    for name, (value, _) in SLIPS.items():
+    runs = []
+    for name, value, _ in SLIPS:
         asked = {"parameters": {name: value}, "enforce_parameter_schema": False}
-        runs[name] = served.api(f"/deployments/{deployment}/create_flow_run", asked)["id"]
-    for name, (_, said) in SLIPS.items():
-        run = served.wait_for_run(runs[name])
+        runs.append(served.api(f"/deployments/{deployment}/create_flow_run", asked)["id"])
+    for run_id, (_, _, said) in zip(runs, SLIPS, strict=True):
+        run = served.wait_for_run(run_id)
         assert run["state_name"] == "Failed" and said in run["state"]["message"], run["state"]
         assert "error:" in run["state"]["message"] and "pydantic" not in run["state"]["message"]
 
