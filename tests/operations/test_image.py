@@ -57,6 +57,13 @@ def test_every_dependency_has_a_pin() -> None:
     assert len(named) > 25 and named - pins == set()
 
 
+def test_the_commit_comes_from_the_build_as_no_repository_is_in_the_image() -> None:
+    assert steps("ARG")[-1] == 'COMMIT=""' and steps("ENV")[-1] == "STEEP_COMMIT=$COMMIT"
+    assert not any(".git" in path.split("/") for step in steps("COPY") for path in step.split())
+    builds = re.findall(r"docker build [^`\n]*", TEXT + (ROOT / "flows/README.md").read_text())
+    assert len(builds) == 3 and all("--build-arg COMMIT=$(git rev-parse HEAD)" in build for build in builds)
+
+
 def test_it_is_a_tidy_image() -> None:
     assert STEPS[-1] == ["USER", "steep"]  # not root
     assert not re.search(r"latest|token|password|secret", TEXT, re.IGNORECASE)

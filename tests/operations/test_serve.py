@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import shutil
+import socket
 import time
 import urllib.request
 from datetime import datetime
 from typing import Any
 
+import psutil
 import pytest
 
 from flows.postgres import find_binaries
 from tests.conftest import laws, write_lines
-from tests.operations.conftest import Served, wait_for
+from tests.operations.conftest import FINAL, SECONDS_FOR_A_RUN, Served, wait_for
 
 pytestmark = [pytest.mark.operations, pytest.mark.timeout(1800)]  # the first test also waits for the server and a run
 STAGES = {"prepare_cpt", "prepare_sft", "cpt", "sft", "evaluate", "report"}
@@ -151,6 +154,24 @@ def test_a_tag_of_another_pool_goes_to_that_pool(served: Served) -> None:
     [there] = served.api("/flow_runs/filter", wanted)
     assert there["work_pool_name"] == "gpu-single" and there["parameters"]["hardware"] == "1xh200"
     served.api(f"/flow_runs/{there['id']}", method="DELETE")
+
+
+def test_it_listens_on_loopback_alone(served: Served, first_run: str) -> None:
+    """All that `make serve` started: server, workers, file view, database, also while a run trains."""
+    run_id = served.start_run(config="configs/regulator.yaml", force="sft", only="sft")
+    listening: set[str] = set()
+
+    def trained() -> bool:
+        for process in psutil.Process(served.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                listening.update(f"{c.laddr.ip}:{c.laddr.port}" for c in process.net_connections("inet")
+                                 if c.status == psutil.CONN_LISTEN or c.type == socket.SOCK_DGRAM)  # fmt: skip
+        return served.api(f"/flow_runs/{run_id}")["state_type"] in FINAL
+
+    wait_for(trained, SECONDS_FOR_A_RUN)
+    port = int(served.url.rpartition(":")[2])
+    assert {f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}"} <= listening
+    assert [address for address in listening if not address.startswith("127.")] == []
 
 
 def test_postgresql_is_used_where_it_is_installed(served: Served) -> None:
