@@ -24,7 +24,7 @@ from types import FrameType
 from flows import postgres
 from flows.files import LOOPBACK
 from flows.pools import POOL_LIMITS, pools, pools_of_this_machine
-from flows.services import POLL_SECONDS, Service, revive, stop_all
+from flows.services import POLL_SECONDS, Service, revive, seconds_to_stop, stop_all
 from tasks.errors import EXIT_USER_ERROR, UserError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{error}\n", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        _say("stopping; a run in progress saves a checkpoint first (at most half a minute)")
+        _say(f"stopping; a run in progress saves a checkpoint first (at most {seconds_to_stop():.0f} s)")
         return 0
     finally:
         for number in STOP_SIGNALS:

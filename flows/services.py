@@ -11,14 +11,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tasks.errors import UserError
+from tasks.launch import GRACE_SECONDS_UNDER_PREFECT, GRACE_VARIABLE, grace_seconds
 
-# A worker told to stop tells its run, which gives the trainer 20 s to save (tasks/launch.py); then the run reports.
-GRACE_SECONDS = 27.0
+# A worker told to stop tells its run, which gives the trainer time to save (tasks/launch.py); then the run reports.
+SECONDS_TO_REPORT = 15.0
 POLL_SECONDS = 0.3
 LONGEST_PAUSE_SECONDS = 60.0
 MOST_DOUBLINGS = 6  # 2**6 s is past the longest pause; past 2**1023 a float overflows
 LONG_LIFE_SECONDS = 600.0  # what lived as long and dies has not failed to start
 TAIL_LINES = 12
+
+
+def seconds_to_stop() -> float:
+    """How long a service told to stop may take: what a run has to save a checkpoint, and then to report."""
+    return (grace_seconds() if os.environ.get(GRACE_VARIABLE) else GRACE_SECONDS_UNDER_PREFECT) + SECONDS_TO_REPORT
 
 
 @dataclass
@@ -38,7 +44,7 @@ class Service:
         """Start it in a session of its own: Ctrl-C reaches us alone, and we stop everything in order."""
         self.started_at = time.monotonic()
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        guard = [sys.executable, "-m", "tasks.guard", "--grace", str(GRACE_SECONDS), "--"]
+        guard = [sys.executable, "-m", "tasks.guard", "--grace", str(seconds_to_stop()), "--"]
         with self.log.open("ab") as sink:
             self.process = subprocess.Popen(
                 [*guard, *self.command],

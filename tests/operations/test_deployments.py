@@ -17,7 +17,7 @@ from prefect.utilities.callables import parameter_schema
 from flows import serve
 from flows.parameters import CONFIG_PATTERN, hardware_tags
 from flows.pools import POOL_LIMITS, pools
-from flows.services import LONG_LIFE_SECONDS, LONGEST_PAUSE_SECONDS, Service, revive
+from flows.services import LONG_LIFE_SECONDS, LONGEST_PAUSE_SECONDS, Service, revive, seconds_to_stop
 from tasks.config import load_config, load_hardware
 from tasks.errors import UserError
 from tasks.hardware import AUTO
@@ -181,6 +181,25 @@ def test_a_long_life_is_no_failure(tmp_path: Path) -> None:
     revive([service], lambda _line: None)
     service.stop()
     assert service.failures == 1 and service.again_at - time.monotonic() <= 1
+
+
+def test_a_service_stops_no_sooner_than_its_run_has_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STEEP_GRACE_SECONDS", raising=False)
+    assert seconds_to_stop() == 27
+    monkeypatch.setenv("STEEP_GRACE_SECONDS", "300")
+    assert seconds_to_stop() == 315
+
+
+def test_whoever_stops_a_worker_on_the_page_waits_longer_than_a_checkpoint_takes() -> None:
+    page = (ROOT / "flows/README.md").read_text()
+    worker = units()[1]
+    [saving] = map(int, re.findall(r"STEEP_GRACE_SECONDS=(\d+)", worker))
+    [guard], [systemd] = re.findall(r"--grace (\d+)", worker), re.findall(r"TimeoutStopSec=(\d+)", worker)
+    assert saving + 15 <= int(guard) < int(systemd)
+    [slurm], [before] = re.findall(r"export STEEP_GRACE_SECONDS=(\d+)", page), re.findall(r"TERM@(\d+)", page)
+    assert int(slurm) + 15 <= int(before)
+    pods = re.findall(r"terminationGracePeriodSeconds: (\d+)", page)
+    assert len(pods) == 2 and all(int(pod) >= 120 + 15 for pod in pods)  # their STEEP_GRACE_SECONDS is 120
 
 
 def units() -> list[str]:
