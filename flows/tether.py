@@ -16,6 +16,7 @@ import select
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 SECONDS_TO_END = 5.0
 
@@ -27,15 +28,19 @@ def tie_temporary_server() -> None:
 
     if PREFECT_API_URL.value():
         return
+    from prefect.server.api import server as module
     from prefect.server.api.server import SubprocessASGIServer
 
+    # A session of its own: Ctrl-C, and whoever else stops a whole process group (Slurm, systemd), means the flow, which
+    # then still has somebody to report to. Without its server it kept asking for minutes.
+    popen = functools.partial(subprocess.Popen, start_new_session=True)
+    module.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": popen})  # type: ignore[assignment, attr-defined]
     start = SubprocessASGIServer._run_uvicorn_command
 
     def start_tied(self: SubprocessASGIServer) -> subprocess.Popen[bytes]:
         server = start(self)
         command = [sys.executable, "-S", __file__, str(server.pid)]
-        # A session of its own: Ctrl-C is for the flow and its server, which end in order.
-        subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        popen(command, stdin=subprocess.PIPE)
         return server
 
     SubprocessASGIServer._run_uvicorn_command = start_tied  # type: ignore[method-assign]

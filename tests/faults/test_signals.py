@@ -29,14 +29,16 @@ TARGETS = {
     "worker": (("-m tasks.",), ("guard.py", "torch.distributed.run")),
     "starter": (("tests.faults.drive",), ("guard.py",)),
     "flow": (("-m flows.pipeline",), ("guard.py",)),
+    "group": (("-m flows.pipeline",), ("guard.py",)),
     "guard": (("guard.py",), ()),
     "torchrun": (("torch.distributed.run",), ("guard.py",)),
     "rank": (("-m tasks.training",), ("guard.py", "torch.distributed.run")),
 }
-NAMES = {"worker": "the worker (trainer, tokenizer, evaluator)", "starter": "whoever started the stage", "flow": "the flow's process",
+NAMES = {"worker": "the worker (trainer, tokenizer, evaluator)", "starter": "whoever started the stage", "flow": "the flow's process", "group": "the flow's process group",
          "guard": "the guard", "torchrun": "torchrun", "rank": "one rank of two"}  # fmt: skip
 pytestmark = pytest.mark.timeout(1800)  # on a machine that others keep busy, a start takes a minute
 STEPS, WARMUP = 128, 26
+SECONDS_TO_END = 60.0  # a guard's grace, the kill behind it, and a machine that others keep busy
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ PHASES = {
 QUICK = [
     pytest.param("prepare", ("packing",), "worker", KILL, id="quick-prepare-worker-SIGKILL"),
     pytest.param("cpt", ("training", "checkpointing"), "starter", KILL, id="quick-cpt-starter-SIGKILL"),
+    pytest.param("cpt", ("training",), "group", INT, id="quick-cpt-group-SIGINT"),  # Ctrl-C
 ]
 STORIES = {
     "prepare": ("tokenizing", "packing"),
@@ -116,8 +119,8 @@ ON_TWO = [
 ] + [pytest.param("cpt", ("training",), target, number, id=f"{target}-{number.name}-once")
      for target, number in (("torchrun", INT), ("rank", TERM), ("starter", KILL))]  # fmt: skip
 FLOWS = [
-    pytest.param("cpt", ("training", "exporting"), "flow", number, id=f"flow-{number.name}")
-    for number in (TERM, INT, KILL)
+    pytest.param("cpt", ("training", "exporting"), target, number, id=f"{target}-{number.name}")
+    for target, number in (("flow", TERM), ("flow", INT), ("flow", KILL), ("group", TERM), ("group", INT))
 ]
 
 
@@ -183,7 +186,7 @@ def strike_and_recover(
 ) -> None:  # fmt: skip
     """Hit it once in each phase, looking every time for what is left; then let it end, and compare."""
     faults = [table.tried(f"{number.name} of {NAMES[target]}", phase) for phase in phases]
-    start = world.flow if target == "flow" else world.drive
+    start = world.flow if target in ("flow", "group") else world.drive
     stages, seconds, num_hits = world.rewind(group, tag), 0.0, 0
     for phase in phases:
         took, hit = strike(world, moment, start, phase, stages, target, number, tag)
@@ -220,9 +223,14 @@ def strike(
         if wait_for(where.begun(directory, moment), process):
             time.sleep(patience * moment.uniform(0, where.seconds))
             if (victims := world.find(*parts, without=without)) and process.poll() is None:
-                os.kill(moment.choice(victims), number)
+                if target == "group":
+                    os.killpg(process.pid, number)
+                else:
+                    os.kill(moment.choice(victims), number)
+                hit = time.monotonic()
                 said = f"{phase}: {number.name} to {target} {time.monotonic() - began:.2f} s after the start"
                 code = world.finish(process)
+                assert time.monotonic() - hit < SECONDS_TO_END, f"it took {time.monotonic() - hit:.0f} s to end"
                 print(f"{said}; exit code {code}, all were gone {world.wait_until_gone():.1f} s later")
                 if code != 0:  # else it came too late to matter
                     return time.monotonic() - began, True
