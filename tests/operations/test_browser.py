@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, laws, write_lines
 from tests.operations.conftest import Served, wait_for
 
 pytestmark = [pytest.mark.operations, pytest.mark.timeout(1800)]  # the first test also waits for the server and a run
@@ -89,6 +90,32 @@ def test_a_run_from_the_form_to_the_report(served: Served, first_run: str, page:
     page.goto(link.get_attribute("href"))
     assert "tiny_bpb" in page.locator("body").inner_text()
     shoot(page, "10-report")
+
+
+def test_a_run_is_cancelled_with_the_button(served: Served, first_run: str, page: Any) -> None:
+    """Its processes are gone within 15 s, and it shows as Cancelled."""
+    assert first_run
+    write_lines(served.project / "many.jsonl", laws(6000))
+    write_lines(served.project / "much.jsonl", [{"text": f"The river of town {n} is {n} miles."} for n in range(4000)])
+    text = (served.project / "configs/regulator.yaml").read_text()
+    for short, long in {"laws*.jsonl": "many.jsonl", "general.jsonl": "much.jsonl", "tokens: 4096": "tokens: 65536",
+                        "batch_tokens: 512": "batch_tokens: 64"}.items():  # fmt: skip
+        assert short in text
+        text = text.replace(short, long, 1)
+    (served.project / "configs/long.yaml").write_text(text)
+    run = served.start_run(config="configs/long.yaml", until="cpt")
+    wait_for(lambda: "cpt-progress" in served.artifacts(run), 180)
+    page.goto(f"{served.url}/runs/flow-run/{run}")
+    page.get_by_role("button", name="Cancel", exact=True).click()
+    page.wait_for_timeout(1000)  # it slides in
+    shoot(page, "12-cancel")
+    began = time.monotonic()
+    page.get_by_role("button", name="Confirm").click()
+    wait_for(lambda: served.api(f"/flow_runs/{run}")["state_name"] == "Cancelled", 60)
+    took = time.monotonic() - began
+    page.get_by_text("Cancelled", exact=True).first.wait_for()
+    shoot(page, "13-cancelled")
+    assert took < 15, f"it took {took:.0f} s"
 
 
 def test_the_form_refuses_a_wrong_value(served: Served, page: Any) -> None:
