@@ -65,7 +65,7 @@ def test_a_run_from_the_form_to_the_report(served: Served, first_run: str, page:
     )
     [run] = found
     page.goto(f"{served.url}/runs/flow-run/{run['id']}")
-    page.get_by_text("prepare_cpt   runs: not yet run").wait_for(timeout=120_000)  # log lines, live
+    page.get_by_text(re.compile(r"prepare_cpt\s+runs: .*seed")).wait_for(timeout=120_000)  # log lines, live
     wait_for(lambda: "cpt-progress" in served.artifacts(run["id"]), 180)
     page.get_by_text("Running", exact=True).first.wait_for()
     shoot(page, "3-running")
