@@ -60,7 +60,11 @@ def test_a_damaged_checkpoint(world: World, table: Table, moment: random.Random,
     assert len(checkpoints) == 2
     for checkpoint in checkpoints if harm == "all of them damaged" else checkpoints[-1:]:
         file = moment.choice(
-            [path for path in checkpoint.rglob("*") if path.stat().st_size and path.name != "digests.json"]
+            [
+                path
+                for path in checkpoint.rglob("*")
+                if path.is_file() and path.stat().st_size and path.name != "digests.json"
+            ]
         )
         content = bytearray(file.read_bytes())
         if harm == "truncated":
