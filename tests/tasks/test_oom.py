@@ -98,3 +98,13 @@ def test_a_worker_that_could_not_write_is_understood_by_its_exit_code() -> None:
 )
 def test_what_is_advised_takes_less_and_is_allowed(how: dict[str, str], smaller: str) -> None:
     assert refusal("cpt", {}, {"device": "cuda", "microbatch_rows": 1, **how}).allowed == smaller
+
+
+def test_a_full_gpu_is_known_by_all_its_names() -> None:
+    from tasks.training.__main__ import _is_out_of_memory
+
+    chained = RuntimeError("a step failed")
+    chained.__cause__ = RuntimeError("CUDA error: out of memory")
+    assert _is_out_of_memory(chained)
+    assert _is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert not _is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
