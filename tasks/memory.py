@@ -25,7 +25,7 @@ STATE_BYTES = {
     "bf16-stochastic": (2.0, 2.0, 2 + 2 * 4 / 256),
     "bf16": (2.0, 2.0, 4.0),
 }
-CHUNK_LOGITS = 2**29  # as tasks/training/linear_loss.py: logits that exist at a time
+CHUNK_LOGITS = 2**30  # as tasks/training/linear_loss.py: logits that exist at a time
 COEFFICIENTS = {
     # Temporary values while a layer is differentiated, in elements of F: the MLP's product again, and the gradients of
     # the product, of gate and of up. Measured at 65,536 tokens of a 1B model: 4.2.
@@ -170,8 +170,8 @@ def _kept_by_a_layer(shape: ModelShape, setting: Setting) -> float:
 
     Compiled: the residual stream before both norms, queries, keys and values, the attention's output and its
     statistics, gate and up; norms, rotations and the MLP's product are computed again (tasks/training/recompute.py).
-    Not compiled also the norms' values in float32, normalised and scaled, heads repeated, the attention's output in
-    another layout, and two more of the MLP.
+    Not compiled also the norms' values in float32, normalised and scaled, the attention's output in another layout, two
+    more of the MLP, and in float32 the key's and value's heads repeated.
     """
     product, stream = _product_bytes(setting), _stream_bytes(setting)
     elements = 2 * shape.queries + 2 * shape.keys + 2 * shape.mlp
@@ -179,7 +179,8 @@ def _kept_by_a_layer(shape: ModelShape, setting: Setting) -> float:
     if not setting.compile:
         widened = 4.0 if product < 4 else 0.0
         a_token += 2 * shape.hidden * (2 * product + widened)
-        a_token += (2 * (shape.queries - shape.keys) + shape.queries + 2 * shape.mlp) * product
+        repeated = 2 * (shape.queries - shape.keys) if product == 4 else 0
+        a_token += (repeated + shape.queries + 2 * shape.mlp) * product
     return setting.tokens * a_token
 
 
@@ -210,16 +211,14 @@ def _ends(shape: ModelShape, setting: Setting) -> float:
 def _loss(shape: ModelShape, setting: Setting) -> float:
     """The chunked loss.
 
-    Forward: logits and gradients of a chunk beside those of the one before, and the last layer's gradient in float32.
-    Backward: that gradient as it was, scaled, and cast.
+    Forward: the logits of a chunk, which become their gradients, and the last layer's gradient in float32.
+    Backward: that gradient, and cast.
     """
     width, head = _product_bytes(setting), float(shape.embedding)
     rows = max(64, 1 << (CHUNK_LOGITS // shape.vocabulary).bit_length() - 1)
     chunk = min(setting.tokens, rows) * shape.vocabulary * width
-    beside = chunk if setting.tokens > rows else 0.0
-    forward = 4.0 * head + max(2 * chunk + beside, 2 * chunk + width * head)
     cast = width * head if _autocasts(setting) else 0.0
-    return max(forward, (8.0 + width) * head) + cast + setting.tokens * shape.hidden * width
+    return max(4.0 * head + chunk, (4.0 + width) * head) + cast + setting.tokens * shape.hidden * width
 
 
 def _head_gradient(shape: ModelShape, setting: Setting) -> float:

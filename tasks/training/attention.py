@@ -22,7 +22,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,8 +31,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
 
 ISOLATED = "steep_isolated"
 SMALLEST_BUCKET = 32
-BOUNDS_MULTIPLE = 128  # compiled layers see few different numbers of documents
-KNOWS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.13 does, 2.11 does not
+ASKS_FOR_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # 2.11 takes fewer key heads unasked
 REFUSED = ("softcap", "s_aux", "position_bias")  # what transformers' models pass that changes the scores
 
 
@@ -51,25 +49,29 @@ def choose_attention(config: Any, seq_len: int) -> str:
 
 
 def attention_plan(
-    implementation: str, device_type: str, seq_len: int, bf16: bool = False
+    implementation: str, device_type: str, bf16: bool = False
 ) -> Callable[[Sequence[int]], dict[str, Any]]:
     """The function from the documents' lengths to the keyword arguments that the attention needs.
 
-    No document is longer than `seq_len`; `bf16`: the matrix products are.
+    `bf16`: the matrix products are.
     """
     if implementation != ISOLATED:
         return lambda lengths: {}
     if device_type == "cpu":
         return lambda lengths: {"document_lengths": tuple(lengths)}
-    return partial(plan_bounds, seq_len=seq_len) if bf16 else plan_buckets
+    return plan_bounds if bf16 else plan_buckets
 
 
-def plan_bounds(lengths: Sequence[int], seq_len: int) -> dict[str, Any]:
-    """Where documents begin and end, for `varlen_attn`; empty documents fill it up to a round number."""
+def plan_bounds(lengths: Sequence[int]) -> dict[str, Any]:
+    """Where documents begin and end, for `varlen_attn`.
+
+    Exact numbers: the kernel starts a block for every tile of every document as if each were the longest, and with
+    bounds filled up to 128 and the row's length as the longest took 3.3 ms in place of 2.4 (16,384 tokens in 36
+    documents, 32 heads, forward and backward, H200). Compiled layers take both numbers as variables.
+    """
     bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     bounds[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
-    missing = -len(bounds) % BOUNDS_MULTIPLE
-    return {"document_bounds": F.pad(bounds, (0, missing), value=int(bounds[-1])), "longest_document": seq_len}
+    return {"document_bounds": bounds, "longest_document": max(lengths)}
 
 
 def plan_buckets(lengths: Sequence[int]) -> dict[str, Any]:
@@ -137,12 +139,9 @@ def _attend_at_bounds(
 ) -> torch.Tensor:  # fmt: skip
     if torch.is_autocast_enabled("cuda"):  # a norm of queries and keys leaves float32 behind, which the kernel refuses
         query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and not KNOWS_GROUPS:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = scaling if scaling is not None else 1 / math.sqrt(query.shape[-1])
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
-    more: dict[str, Any] = {"enable_gqa": groups > 1} if KNOWS_GROUPS else {}
+    more: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if ASKS_FOR_GROUPS else {}
     out: Any = varlen_attn(
         query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **more
     )

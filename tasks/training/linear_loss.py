@@ -1,9 +1,9 @@
 """The last layer and the loss in one: no more than a chunk of the logits exists at a time.
 
-The logits of 8,192 targets over a vocabulary of 128,256 are 2.1 GB in bf16, 4.2 GB in float32, and the plain way
-keeps several of them. Here the gradients are computed beside the losses, chunk after chunk, and kept for the
-backward pass. Liger's kernel does the same in chunks of 256 targets, of which each reads and writes the whole
-gradient of the layer, and returns the losses of single targets only by computing the logits twice.
+The logits of 16,384 targets over a vocabulary of 128,256 are 4.2 GB in bf16, 8.4 GB in float32, and the plain way
+keeps several of them. Here the gradients are computed beside the losses, chunk after chunk in the logits' own place,
+and kept for the backward pass. Liger's kernel does the same in chunks of 256 targets, of which each reads and writes
+the whole gradient of the layer, and returns the losses of single targets only by computing the logits twice.
 
 Letters: N targets, H width of the hidden states, V vocabulary, C targets of a chunk.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CHUNK_LOGITS = 2**29  # 1 GiB in bf16: large enough for the matrix units, and few passes over the weight's gradient
+CHUNK_LOGITS = 2**30  # 2 GiB in bf16: large enough for the matrix units, and few passes over the weight's gradient
 # What turns hidden states into other logits than `lm_head(hidden)`: those models keep their own forward pass.
 CHANGES_LOGITS = (
     "final_logit_softcapping",
@@ -77,9 +77,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for first in range(0, num_targets, rows):
             chunk = slice(first, first + rows)
             logits = hidden[chunk] @ weight.T  # (C, V)
-            losses[chunk], logits_grad = _losses_and_gradients(logits.device.type)(logits, targets[chunk])
-            hidden_grad[chunk] = logits_grad @ weight
-            weight_grad += logits_grad.T @ hidden[chunk]
+            losses[chunk] = _losses(logits.device.type)(logits, targets[chunk])  # and the logits are their gradients
+            hidden_grad[chunk] = logits @ weight
+            _add_product(weight_grad, logits.T, hidden[chunk])
+            del logits  # or two chunks would stand side by side
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
@@ -87,8 +88,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, total_grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         hidden_grad, weight_grad = ctx.saved_tensors
-        weight_grad = (weight_grad * total_grad).to(hidden_grad.dtype)
-        return hidden_grad * total_grad.to(hidden_grad.dtype), weight_grad, None
+        weight_grad.mul_(total_grad)  # in place: there is no second backward pass, and torch would refuse one
+        return hidden_grad * total_grad.to(hidden_grad.dtype), weight_grad.to(hidden_grad.dtype), None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right` in float32; a GPU adds within the product, 1.6 GB less to move for each chunk."""
+    if total.is_cuda and left.dtype is not torch.float32:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total += left @ right
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -97,16 +106,16 @@ def chunk_rows(vocabulary: int) -> int:
 
 
 @cache
-def _losses_and_gradients(device_type: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _losses(device_type: str) -> Callable[[Tensor, Tensor], Tensor]:
     """Compiled on a GPU: two passes over the logits in place of six."""
     return torch.compile(_softmax_losses, dynamic=True) if device_type == "cuda" else _softmax_losses
 
 
-def _softmax_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses (C,) float32, and the gradient of their sum (C, V) in the logits' dtype."""
+def _softmax_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Losses (C,) float32; the logits (C, V) become the gradient of their sum."""
     wide = logits.float()
     log_sum = torch.logsumexp(wide, dim=1)  # (C,)
     losses = log_sum - wide.gather(1, targets[:, None])[:, 0]
     is_target = torch.arange(logits.shape[1], device=logits.device)[None] == targets[:, None]
-    gradient = torch.exp(wide - log_sum[:, None]) - is_target.float()
-    return losses, gradient.to(logits.dtype)
+    logits.copy_(torch.exp(wide - log_sum[:, None]) - is_target.float())
+    return losses

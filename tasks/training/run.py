@@ -130,7 +130,7 @@ def assemble(
     precision = precision_policy(order.how["precision"])
     backend.before_trainer(config, precision)
     seq_len = order.what["seq_len"]
-    attention = attention_plan(model.config._attn_implementation, config.device.type, seq_len, precision.computes_bf16)
+    attention = attention_plan(model.config._attn_implementation, config.device.type, precision.computes_bf16)
     fill_to = layout.microbatch_rows * seq_len if order.how.get("compile", False) else 0
     sums = StepSums(inputs.said["sources"], config.device)
     health = Health(order.what, order.how, layout, Path(order.inputs["rows"]) / "rows.arrow")

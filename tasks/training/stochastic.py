@@ -1,9 +1,8 @@
-"""torchao's 8-bit AdamW with stochastic rounding, with less time between its kernels.
+"""torchao's 8-bit AdamW with stochastic rounding, faster: the arithmetic, the states and their format are torchao's.
 
-torchao compiles one function for all parameters and lets torch search the version of each shape anew at every call:
-0.5 ms a parameter on the CPU, 150 ms a step for the 291 of an 8B model whose kernels take 20. Here each shape has
-its own compiled function, which takes several parameters at once. The arithmetic, the states and their format are
-torchao's.
+On a GPU what has 8-bit states is stepped by one kernel of ours (`stochastic_kernel`). The rest (tensors below 4,096
+values, CPUs) takes torchao's function, which torch compiles. torchao compiles one for all parameters and lets torch
+search the version of each shape anew at every call; here each shape has its own, which takes several at once.
 
 Each process steps its own shards. torchao 0.18 hands whole DTensors to its compiled step, which fails for bf16 weights
 on torch 2.13: compiled because `aten.view.dtype` of its states is missing, eager because of a wrongly propagated dtype.
@@ -16,6 +15,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchao.optim import AdamW8bit
 from torchao.optim.adam import single_param_adam
@@ -37,11 +37,15 @@ class StochasticAdamW8bit(AdamW8bit):  # type: ignore[misc]
     def step(self, closure: Any = None) -> None:
         """Update every parameter that has a gradient."""
         assert closure is None, "no trainer of ours passes a closure"
+        seed = int(torch.randint(2**31, ()))  # of a generator that checkpoints hold
         for group in self.param_groups:
             with_gradient = [p for p in group["params"] if p.grad is not None]
             for p in with_gradient:
                 self._advance(p)
-            for key, parameters in _batches(with_gradient):
+            for number, p in enumerate(with_gradient):
+                if self._in_one_pass(p):
+                    self._step_in_one_pass(p, group, _seed_of(seed, number))
+            for key, parameters in _batches([p for p in with_gradient if not self._in_one_pass(p)]):
                 self._function(key)(
                     [part_of(p.detach()) for p in parameters],
                     [part_of(p.grad) for p in parameters if p.grad is not None],
@@ -56,12 +60,33 @@ class StochasticAdamW8bit(AdamW8bit):  # type: ignore[misc]
             state["exp_avg"], state["exp_avg_sq"] = self._new_buffer(p, True), self._new_buffer(p, False)
         state["step"] += 1
 
+    def _in_one_pass(self, p: Tensor) -> bool:
+        eight_bits = hasattr(part_of(self.state[p]["exp_avg"]), "codes")
+        return part_of(p).is_cuda and p.dtype is torch.bfloat16 and eight_bits
+
+    def _step_in_one_pass(self, p: Tensor, group: dict[str, Any], seed: int) -> None:
+        from tasks.training.stochastic_kernel import step_in_one_pass  # Triton comes with torch for GPUs only
+
+        assert p.grad is not None
+        state = {name: part_of(value) for name, value in self.state[p].items()}
+        step_in_one_pass(
+            part_of(p.detach()), part_of(p.grad), state["exp_avg"], state["exp_avg_sq"], step=float(state["step"]),
+            lr=float(group["lr"]), betas=group["betas"], weight_decay=group["weight_decay"], eps=group["eps"],
+            seed=seed,
+        )  # fmt: skip
+
     def _function(self, key: Key) -> Callable[..., None]:
         if key not in self.compiled:
             # torch keeps compiled versions by code object: a copy of it for each shape leaves nothing to search.
             code = _update.__code__.replace(co_name=f"update_{len(self.compiled)}")
             self.compiled[key] = torch.compile(FunctionType(code, globals()), fullgraph=True, dynamic=False)
         return self.compiled[key]
+
+
+def _seed_of(seed: int, number: int) -> int:
+    """31 bits for a parameter on this process; Knuth's multiplicative hash keeps neighbours apart."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return (seed + (number * 4096 + rank) * 2_654_435_761) % 2**31
 
 
 def _batches(parameters: list[Tensor]) -> Iterator[tuple[Key, list[Tensor]]]:

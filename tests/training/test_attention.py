@@ -30,7 +30,7 @@ def test_both_paths_equal_the_block_mask_forward_and_backward(device_type: str) 
     torch.manual_seed(0)
     total = sum(LENGTHS)
     query, key, value = (torch.randn(1, heads, total, 8, requires_grad=True) for heads in (4, 2, 2))
-    plan = attention_plan(ISOLATED, device_type, 512)(LENGTHS)  # the GPU's plan computes on any device
+    plan = attention_plan(ISOLATED, device_type)(LENGTHS)  # the GPU's plan computes on any device
     assert ("bucket_take" in plan) == (device_type == "cuda")
     weights = torch.randn(1, total, 4, 8)
     found = []
@@ -41,12 +41,10 @@ def test_both_paths_equal_the_block_mask_forward_and_backward(device_type: str) 
         torch.testing.assert_close(ours, reference, atol=2e-6, rtol=0)
 
 
-def test_bounds_are_cumulative_and_end_in_empty_documents() -> None:
-    plan = attention_plan(ISOLATED, "cuda", 512, bf16=True)(LENGTHS)
-    bounds = plan["document_bounds"]
-    assert len(bounds) == 128 and plan["longest_document"] == 512
-    assert bounds[: len(LENGTHS) + 1].tolist() == [0, 40, 43, 44, 77, 147, 159]
-    assert set(bounds[len(LENGTHS) :].tolist()) == {159}
+def test_bounds_are_cumulative_and_exact() -> None:
+    plan = attention_plan(ISOLATED, "cuda", bf16=True)(LENGTHS)
+    assert plan["longest_document"] == 70
+    assert plan["document_bounds"].tolist() == [0, 40, 43, 44, 77, 147, 159]
 
 
 def test_packed_documents_are_predicted_as_if_alone(base: Path, tmp_path: Path) -> None:
@@ -58,7 +56,7 @@ def test_packed_documents_are_predicted_as_if_alone(base: Path, tmp_path: Path) 
         start += length
     rows = load_rows(write_rows(tmp_path / "rows.arrow", [packed, *alone]), filler_token=1)
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation=ISOLATED)
-    collate = make_collate(attention_plan(ISOLATED, "cpu", 512))
+    collate = make_collate(attention_plan(ISOLATED, "cpu"))
     with torch.no_grad():
         together = token_losses(model, collate([rows[0]]))[1]
         apart = torch.cat([token_losses(model, collate([rows[i + 1]]))[1] for i in range(len(alone))])
@@ -74,7 +72,7 @@ def test_isolation_equals_the_block_mask_of_transformers(base: Path, tmp_path: P
     losses = []
     for implementation in (ISOLATED, "sdpa"):
         model = AutoModelForCausalLM.from_pretrained(base, attn_implementation=implementation)
-        batch = make_collate(attention_plan(implementation, "cpu", 512))([rows[0], rows[0]])
+        batch = make_collate(attention_plan(implementation, "cpu"))([rows[0], rows[0]])
         with torch.no_grad():
             losses.append(token_losses(model, batch)[1])
     torch.testing.assert_close(losses[0], losses[1], atol=2e-6, rtol=0)
@@ -86,4 +84,4 @@ def test_models_that_need_more_than_causal_attention_keep_their_own() -> None:
     assert choose_attention(MistralConfig(sliding_window=512), 512) == ISOLATED  # no document is longer than its window
     assert choose_attention(MistralConfig(sliding_window=511), 512) == "sdpa"
     assert choose_attention(Gemma2Config(), 512) == "sdpa"  # soft-capped
-    assert attention_plan("sdpa", "cpu", 512)([3, 4]) == {}
+    assert attention_plan("sdpa", "cpu")([3, 4]) == {}

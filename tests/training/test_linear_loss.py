@@ -19,13 +19,13 @@ from tasks.training.rows import load_rows, make_collate
 from tests.training.conftest import make_documents, pack, write_rows
 
 
-@pytest.mark.parametrize("chunk_logits", [64 * 50, 2**29])
+@pytest.mark.parametrize("chunk_logits", [64 * 50, 2**30])
 def test_sum_losses_and_gradients_equal_the_plain_way(chunk_logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_loss, "CHUNK_LOGITS", chunk_logits)
     torch.manual_seed(0)
     hidden, weight = torch.randn(150, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     targets = torch.randint(50, (150,))
-    assert (chunk_rows(50) < 150) == (chunk_logits < 2**29), "one of the cases should take several chunks"
+    assert (chunk_rows(50) < 150) == (chunk_logits < 2**30), "one of the cases should take several chunks"
     plain = cross_entropy(hidden @ weight.T, targets, reduction="none")
     total, losses = linear_cross_entropy(hidden, weight, targets)
     torch.testing.assert_close(losses, plain.detach())
@@ -48,7 +48,7 @@ def test_no_targets_give_no_loss_and_zero_gradients() -> None:
 
 def test_a_fused_model_learns_what_the_model_itself_would(base: Path, tmp_path: Path) -> None:
     rows = load_rows(write_rows(tmp_path / "rows.arrow", pack(make_documents(9))[:1]), filler_token=1)
-    batch = make_collate(attention_plan(ISOLATED, "cpu", 512))([rows[0]])
+    batch = make_collate(attention_plan(ISOLATED, "cpu"))([rows[0]])
     own = AutoModelForCausalLM.from_pretrained(base, attn_implementation=ISOLATED)
     assert own.config.tie_word_embeddings, "the weight's gradient comes from both of its uses"
     fused = copy.deepcopy(own)

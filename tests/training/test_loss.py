@@ -16,7 +16,7 @@ from tests.training.conftest import make_documents, pack, write_rows
 
 def test_token_losses_equal_shifted_cross_entropy_over_all_logits(base: Path, tmp_path: Path) -> None:
     rows = load_rows(write_rows(tmp_path / "rows.arrow", pack(make_documents(9))[:1]), filler_token=1)
-    batch = make_collate(attention_plan(ISOLATED, "cpu", 512))([rows[0]])
+    batch = make_collate(attention_plan(ISOLATED, "cpu"))([rows[0]])
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation=ISOLATED)
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "document_lengths")}
     with torch.no_grad():
@@ -30,7 +30,7 @@ def test_token_losses_equal_shifted_cross_entropy_over_all_logits(base: Path, tm
 
 def test_a_filler_has_no_loss_but_a_gradient_path(base: Path, tmp_path: Path) -> None:
     rows = load_rows(write_rows(tmp_path / "rows.arrow", pack(make_documents(9))[:1]), filler_token=1)
-    batch = make_collate(attention_plan(ISOLATED, "cpu", 512))([rows[1]])
+    batch = make_collate(attention_plan(ISOLATED, "cpu"))([rows[1]])
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation=ISOLATED)
     loss = token_losses(model, batch)[0]
     loss.backward()

@@ -41,7 +41,7 @@ def gradients_and_products(model: Any, batch: dict[str, Any]) -> tuple[list[torc
 def batch(tmp_path: Path) -> dict[str, Any]:
     """One micro-batch."""
     rows = load_rows(write_rows(tmp_path / "rows.arrow", pack(make_documents(9))[:1]), filler_token=1)
-    return make_collate(attention_plan(ISOLATED, "cpu", 512))([rows[0]])
+    return make_collate(attention_plan(ISOLATED, "cpu"))([rows[0]])
 
 
 def test_recomputing_changes_no_gradient_and_costs_products(base: Path, batch: dict[str, Any]) -> None:

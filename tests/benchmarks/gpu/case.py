@@ -107,7 +107,7 @@ def run_bare(case: dict[str, Any], work: Path) -> dict[str, Any]:
     prepare_model(model, HOW)
     optimizer = StochasticAdamW8bit(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
     rows = load_rows(Path(case["prepared"]) / "rows.arrow", filler_token=1)
-    plan = attention_plan(model.config._attn_implementation, "cuda", seq_len, bf16=True)
+    plan = attention_plan(model.config._attn_implementation, "cuda", bf16=True)
     collate = make_collate(plan, fill_to=micro * seq_len, longest=seq_len)
     steps, losses = _Steps(), []
     for step in range(case["steps"]):

@@ -12,7 +12,7 @@ import torch
 from torchao.optim import AdamW8bit
 from transformers import AutoModelForCausalLM
 
-from tasks.training import stochastic
+from tasks.training.stochastic import StochasticAdamW8bit
 from tests.benchmarks.gpu.material import SHAPES
 
 
@@ -35,14 +35,13 @@ def step_milliseconds(make: Callable[[Any], Any], shape: str) -> tuple[float, fl
 
 
 def main() -> None:
-    """Print one line a variant; a process for each, so that none finds another's compiled code."""
+    """Print one line for `SHAPE torchao` or `SHAPE ours`; a process for each, so that none finds another's code."""
     shape, variant = sys.argv[1], sys.argv[2]
     settings: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.0}
     if variant == "torchao":
         found = step_milliseconds(lambda p: AdamW8bit(p, bf16_stochastic_round=True, **settings), shape)
     else:
-        stochastic.PARAMETERS_A_CALL = int(variant)
-        found = step_milliseconds(lambda p: stochastic.StochasticAdamW8bit(p, **settings), shape)
+        found = step_milliseconds(lambda p: StochasticAdamW8bit(p, **settings), shape)
     names = ("step_ms", "first_step_ms", "state_gib")
     print(
         json.dumps({"shape": shape, "variant": variant} | dict(zip(names, (round(x, 2) for x in found), strict=True)))
