@@ -61,8 +61,8 @@ class StochasticAdamW8bit(AdamW8bit):  # type: ignore[misc]
         state["step"] += 1
 
     def _in_one_pass(self, p: Tensor) -> bool:
-        eight_bits = hasattr(part_of(self.state[p]["exp_avg"]), "codes")
-        return part_of(p).is_cuda and p.dtype is torch.bfloat16 and eight_bits
+        part, eight_bits = part_of(p.detach()), hasattr(part_of(self.state[p]["exp_avg"]), "codes")
+        return part.is_cuda and part.dtype is torch.bfloat16 and part.is_contiguous() and eight_bits
 
     def _step_in_one_pass(self, p: Tensor, group: dict[str, Any], seed: int) -> None:
         from tasks.training.stochastic_kernel import step_in_one_pass  # Triton comes with torch for GPUs only

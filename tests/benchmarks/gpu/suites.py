@@ -51,7 +51,7 @@ SPEED_2 = [
         padding_free=False,
     ),
 ]
-SWEEP_8B = [
+SWEEP_8B = [  # with `8b fsdp`: eight settings
     ours("8b fsdp none 2", "llama-8b", 2),
     ours("8b fsdp selective 4", "llama-8b", 4, recompute="selective"),
     ours("8b fsdp full 4", "llama-8b", 4, recompute="full"),

@@ -28,9 +28,12 @@ def speed(rows: list[Row]) -> str:
         valid = row.get("valid", ["speed", "memory"])
         fast = (f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.0%}") if "speed" in valid else ("", "")
         peak = f"{row['peak_gib']:.1f}" if "memory" in valid else ""
+        precision = row.get("precision") or (
+            "fp32-master" if row.get("dtype") == "float32" else "bf16"
+        )  # peers say dtype
         share = f"{row['optimizer_share']:.1%}" if row["tool"] != "bare" and "speed" in valid else ""
         lines.append(
-            f"| {row['name']} | {row['precision']} | {row['microbatch_rows']} | {fast[0]} | {fast[1]} | {peak} | {share} |"
+            f"| {row['name']} | {precision} | {row['microbatch_rows']} | {fast[0]} | {fast[1]} | {peak} | {share} |"
         )
     return "\n".join(lines)
 
