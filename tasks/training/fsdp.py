@@ -2,8 +2,8 @@
 gloo).
 
 A backend is a module with these functions: `start_process` (before transformers is imported), `load_model`,
-`set_threads`, `trainer_settings`, `before_trainer`, `check_wrapper`, `full_tensors`. With several processes each holds
-its shard of weights, gradients and states; a checkpoint is sharded as well (torch.distributed.checkpoint).
+`set_threads`, `trainer_settings`, `before_trainer`, `shard`, `check_wrapper`, `full_tensors`. With several processes each
+reads and holds its shard of weights, gradients and states; a checkpoint is sharded as well (torch.distributed.checkpoint).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.errors import UserError
+from tasks.progress import say
 from tasks.threads import choose_threads
 
 if TYPE_CHECKING:
@@ -82,10 +83,19 @@ def set_threads(how: dict[str, Any], num_parameters: int) -> int:
 
 
 def load_model(folder: Path, precision: Precision, seq_len: int, how: dict[str, Any]) -> Any:
-    """The model in the policy's dtype, on this process's CPU."""
-    from tasks.training import model
+    """The model in the policy's dtype, on this process's CPU; without its weights where `shard` will read them."""
+    from tasks.training import loading, model
 
-    return model.load_model(folder, precision, seq_len)
+    if not sharded():
+        return model.load_model(folder, precision, seq_len)
+    return loading.load_for_shards(folder, precision, seq_len, say if rank() == 0 else lambda text: None)
+
+
+def shard(model: Any, accelerator: Any) -> bool:
+    """Shard a model that has no weights yet and read this process's part; whether there was anything to do."""
+    from tasks.training import loading
+
+    return loading.shard(model, accelerator)
 
 
 def trainer_settings(how: dict[str, Any], precision: Precision) -> dict[str, Any]:

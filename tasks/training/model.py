@@ -27,6 +27,7 @@ from tasks.training.precision import Precision
 from tasks.training.recompute import wrap_layers
 from tasks.trust import trusted
 
+PENDING = "steep_pending"  # the attribute of a model whose weights are still in its files (tasks/training/loading.py)
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
@@ -129,6 +130,9 @@ def add_token_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n
     inputs: Any = model.get_input_embeddings()
     if new_ids[-1] >= inputs.weight.shape[0]:  # else the vocabulary was padded and has room
         model.resize_token_embeddings(new_ids[-1] + 1, mean_resizing=False)
+    if pending := getattr(model, PENDING, None):  # its rows are not read yet
+        pending.new_ids, pending.old_ids = new_ids, old_ids
+        return len(new_ids)
     embeddings: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     with torch.no_grad():
         for weight in {id(e.weight): e.weight for e in embeddings if e is not None}.values():  # tied: once

@@ -43,6 +43,7 @@ class RowTrainer(SFTTrainer):
     ) -> None:
         self.what, self.layout, self.step_log, self.directory = what, layout, step_log, directory
         self.backend, self.wrapper = backend, ""
+        self.grouped: list[list[torch.Tensor]] = []  # the optimizer's parameters
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # our loss divides by the whole step; nobody else divides it again
 
@@ -50,9 +51,19 @@ class RowTrainer(SFTTrainer):
         return StepSampler(self.layout)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        was_empty = self.backend.shard(self.model, self.accelerator)
         prepared = super()._prepare_for_training(*args, **kwargs)
+        if was_empty:  # accelerate finds parameters by their address, and takes those without a row here for one
+            for group, parameters in zip(self.optimizer.param_groups, self.grouped, strict=True):
+                group["params"] = parameters
         self.wrapper = self.backend.check_wrapper(self.model)  # before a step is spent on the wrong one
         return prepared
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own; what is in its groups is kept."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self.grouped = [list(group["params"]) for group in optimizer.param_groups]
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """The schedule of `tasks.training.schedule`."""

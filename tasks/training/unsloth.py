@@ -23,8 +23,8 @@ from tasks.trust import trusted
 if TYPE_CHECKING:
     from tasks.training.precision import Precision
 
-__all__ = ["before_trainer", "check_wrapper", "full_tensors", "load_model", "rank", "set_threads", "start_process",
-           "trainer_settings", "world_size"]  # fmt: skip
+__all__ = ["before_trainer", "check_wrapper", "full_tensors", "load_model", "rank", "set_threads", "shard",
+           "start_process", "trainer_settings", "world_size"]  # fmt: skip
 
 ENVIRONMENT = {
     "UNSLOTH_DISABLE_STATISTICS": "1",
@@ -92,6 +92,11 @@ def trainer_settings(how: dict[str, Any], precision: Precision) -> dict[str, Any
 
 def before_trainer(args: Any, precision: Precision) -> None:
     """Nothing to prepare."""
+
+
+def shard(model: Any, accelerator: Any) -> bool:
+    """Nothing to shard."""
+    return False
 
 
 def check_wrapper(model: Any) -> str:
