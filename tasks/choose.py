@@ -16,7 +16,8 @@ from typing import Any
 
 from tasks.errors import UserError
 from tasks.hardware import HARDWARE_FILE, Hardware
-from tasks.memory import GIB, Parts, Setting, host_bytes, predict
+from tasks.host import host_bytes
+from tasks.memory import GIB, Parts, Setting, predict
 from tasks.model_shape import ModelShape
 from tasks.speed import Speed, predict_speed
 
@@ -53,7 +54,7 @@ class Choice:
 
     @property
     def host_gib(self) -> float:
-        """What offloaded weights and states take of each node's memory."""
+        """What a node's processes, and what they offload, take of its own memory."""
         if self.job is None or self.setting is None:
             return 0.0
         return host_bytes(self.job.shape, self.setting, self.hardware.processes) / GIB

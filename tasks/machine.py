@@ -15,6 +15,7 @@ from typing import Any
 from tasks.cards import card_of
 from tasks.errors import UserError
 from tasks.hardware import AUTO, HARDWARE_FILE, Hardware, load_hardware, tags
+from tasks.host import usable_bytes
 
 QUERY = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
 TIMEOUT_SECONDS = 30
@@ -47,11 +48,11 @@ def resolve_tag(tag: str) -> tuple[str, Hardware]:
 
 
 def missing_here(tag: str, hardware: Hardware, hows: list[dict[str, Any]], host_gib: float = 0.0) -> UserError | None:
-    """What this machine lacks for the tag and the orders of its stages, or None; `host_gib` is what they offload."""
+    """What this machine lacks for the tag and the orders of its stages, or None; `host_gib` is what they take of its own memory."""
     if hardware.device == "cpu":
         return None
     missing = _missing_gpus(tag, hardware, gpus()) or _missing_extras(tag, hardware, hows)
-    return missing or _missing_memory(tag, host_gib)
+    return missing or _missing_memory(tag, hardware, host_gib)
 
 
 def _missing_gpus(tag: str, hardware: Hardware, found: list[Gpu]) -> UserError | None:
@@ -91,17 +92,20 @@ def _missing_extras(tag: str, hardware: Hardware, hows: list[dict[str, Any]]) ->
     return None
 
 
-def _missing_memory(tag: str, needed_gib: float) -> UserError | None:
-    """Whether what is offloaded fits the host. Linux says how much it has; elsewhere nothing is checked."""
-    pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    has_gib = pages * page_bytes / 2**30
+def _missing_memory(tag: str, hardware: Hardware, needed_gib: float) -> UserError | None:
+    """Whether loading, and what is offloaded, fit this node's own memory, or our share of it."""
+    has_gib = usable_bytes() / 2**30
     if needed_gib <= has_gib:
         return None
+    offloads = hardware.offload == "cpu"
+    processes = f"{hardware.processes} process{'es' if hardware.processes > 1 else ''}"
     return UserError(
-        f"offload: cpu needs {needed_gib:,.0f} GiB of this machine's memory, which has {has_gib:,.0f}",
+        f"{'offload: cpu' if offloads else 'the training'} takes {needed_gib:,.0f} GiB of this machine's own memory "
+        f"({processes}), of which we may use {has_gib:,.0f}",
         where=f"hardware tag {tag}",
-        todo="spread it over more nodes, or take GPUs that hold it without offload",
-    )
+        todo="spread it over more nodes, or take GPUs that hold it without offload" if offloads else
+             "run it where the machine, the container or the batch job has as much",
+    )  # fmt: skip
 
 
 # --- auto -------------------------------------------------------------------------------------------------------------

@@ -111,13 +111,6 @@ def _states(shape: ModelShape, setting: Setting) -> tuple[float, float, float]:
     return weights, gradients, optimizer
 
 
-def host_bytes(shape: ModelShape, setting: Setting, processes_of_a_node: int) -> float:
-    """Memory that offloaded states take on one node's host."""
-    if setting.offload != "cpu":
-        return 0.0
-    return sum(STATE_BYTES[setting.precision]) * shape.parameters * processes_of_a_node / setting.world_size
-
-
 def _is_sharded(setting: Setting) -> bool:
     return setting.world_size > 1 or setting.offload == "cpu"
 
@@ -160,7 +153,7 @@ def _product_bytes(setting: Setting) -> float:
     return 4.0 if setting.precision == "fp32" else 2.0
 
 
-def _stream_bytes(setting: Setting) -> float:
+def stream_bytes(setting: Setting) -> float:
     """Of a number between the layers: autocast leaves the residual stream in float32."""
     return 4.0 if setting.precision == "fp32" or _autocasts(setting) else 2.0
 
@@ -173,7 +166,7 @@ def _kept_by_a_layer(shape: ModelShape, setting: Setting) -> float:
     Not compiled also the norms' values in float32, normalised and scaled, the attention's output in another layout, two
     more of the MLP, and in float32 the key's and value's heads repeated.
     """
-    product, stream = _product_bytes(setting), _stream_bytes(setting)
+    product, stream = _product_bytes(setting), stream_bytes(setting)
     elements = 2 * shape.queries + 2 * shape.keys + 2 * shape.mlp
     a_token = elements * product + 2 * shape.hidden * stream + 4 * shape.heads
     if not setting.compile:
@@ -186,7 +179,7 @@ def _kept_by_a_layer(shape: ModelShape, setting: Setting) -> float:
 
 def _kept(shape: ModelShape, setting: Setting) -> float:
     """What all layers keep until their backward pass."""
-    stream, product = _stream_bytes(setting) * shape.hidden, _product_bytes(setting)
+    stream, product = stream_bytes(setting) * shape.hidden, _product_bytes(setting)
     if setting.recompute == "none":
         return shape.num_layers * _kept_by_a_layer(shape, setting)
     if setting.recompute == "unsloth":  # inputs of layers go to the host; the one in work and the next are here
@@ -205,7 +198,7 @@ def _layer_gradients(shape: ModelShape, setting: Setting) -> float:
 
 def _ends(shape: ModelShape, setting: Setting) -> float:
     """The last norm's input and output, and those of its rows that have a target."""
-    return setting.tokens * shape.hidden * (_stream_bytes(setting) + 2 * _product_bytes(setting))
+    return setting.tokens * shape.hidden * (stream_bytes(setting) + 2 * _product_bytes(setting))
 
 
 def _loss(shape: ModelShape, setting: Setting) -> float:

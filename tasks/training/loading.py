@@ -12,6 +12,7 @@ is loaded whole, as before, and the log says why.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,17 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
+from tasks.errors import UserError
+from tasks.host import usable_bytes
+from tasks.memory import GIB
+from tasks.model_shape import tensor_sizes
 from tasks.training.attention import choose_attention
 from tasks.training.model import PENDING, load_model, read_config
 from tasks.training.precision import Precision
 from tasks.training.states import plain_name
 from tasks.trust import trusted
 
+KEPT = {torch.float32: "F32", torch.bfloat16: "BF16"}
 OLD_BUFFERS = "rotary_emb.inv_freq"  # in Llama 2's files, and no parameter; transformers leaves it out too
 
 
@@ -54,7 +60,28 @@ def load_for_shards(folder: Path, precision: Precision, seq_len: int, tell: Call
             setattr(model, PENDING, Pending(files, [], []))
             return model
     tell(f"warning: every process reads the whole model into memory ({why})")
+    _check_memory(folder, precision, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), why)
     return load_model(folder, precision, seq_len)
+
+
+def _check_memory(folder: Path, precision: Precision, processes: int, why: str) -> None:
+    """Refuse where this node's processes cannot hold a copy each; what needs no cast stays in the files' pages."""
+    sizes, kept = tensor_sizes(folder), KEPT[precision.weights]
+    cast = {name for file in folder.glob("*.safetensors") for name, dtype in _dtypes(file) if dtype != kept}
+    needed = processes * sum(sizes[name] for name in cast) * precision.weights.itemsize
+    if needed > (there := usable_bytes()):
+        raise UserError(
+            f"every one of {processes} processes reads the whole model ({why}): {needed / GIB:,.0f} GiB of this "
+            f"machine's own memory, of which we may use {there / GIB:,.0f}",
+            where=str(folder),
+            allowed="files that name the model's own tensors, one to one: those are read by shards",
+            todo=f"load it once on a machine that holds it, in {precision.weights}, and `save_pretrained`",
+        )
+
+
+def _dtypes(file: Path) -> list[tuple[str, str]]:
+    with safe_open(file, framework="pt") as tensors:
+        return [(name, tensors.get_slice(name).get_dtype()) for name in tensors.keys()]  # noqa: SIM118
 
 
 def is_pending(model: Any) -> bool:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tasks.choose import HEADROOM, Choice, Job, choose
 from tasks.hardware import load_hardware, tags
-from tasks.memory import GIB, Setting, host_bytes, predict
+from tasks.host import host_bytes
+from tasks.memory import GIB, Setting, predict
 from tasks.model_shape import ModelShape, shape_of
 from tasks.speed import Measured, measured, predict_speed
 from tests.benchmarks.gpu import tables as gpu

@@ -106,7 +106,9 @@ def test_a_host_too_small_for_what_is_offloaded_is_told(plug: Plug) -> None:
     plug("NVIDIA H200", "NVIDIA H200")
     row = load_hardware("2xh200").model_copy(update={"offload": "cpu"})
     assert missing_here("2xh200", row, [], host_gib=0.1) is None
-    assert "needs 1,000,000 GiB of this machine's memory" in str(missing_here("2xh200", row, [], host_gib=1e6))
+    text = str(missing_here("2xh200", row, [], host_gib=1e6))
+    assert "offload: cpu takes 1,000,000 GiB of this machine's own memory (2 processes)" in text
+    assert "the training takes 1,000,000 GiB" in str(missing_here("2xh200", load_hardware("2xh200"), [], host_gib=1e6))
 
 
 # (GPUs, whether Unsloth is there, the tag that auto takes)

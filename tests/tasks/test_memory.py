@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tasks.memory import GIB, STATE_BYTES, Setting, host_bytes, moments, predict
+from tasks.memory import GIB, STATE_BYTES, Setting, moments, predict
 from tasks.model_shape import ModelShape, shape_of
 from tasks.speed import Measured, measured
 from tests.benchmarks.plan import CLUSTERS, LLAMA_2, RULE_OF_THUMB, TEXTBOOK, holds, put_into, state_gigabytes
@@ -53,8 +53,6 @@ def test_sharding_divides_the_states_and_offloading_takes_them_away() -> None:
     assert eight.weights == one.weights / 8 and eight.optimizer == one.optimizer / 8
     away = replace(PLAIN, precision="fp32-master", world_size=8, offload="cpu")
     assert predict(LLAMA_8B, away).weights == predict(LLAMA_8B, away).optimizer == 0
-    assert host_bytes(LLAMA_8B, away, 8) == pytest.approx(16 * LLAMA_8B.parameters)
-    assert host_bytes(LLAMA_8B, replace(away, world_size=16), 8) == pytest.approx(8 * LLAMA_8B.parameters)
 
 
 @pytest.mark.parametrize("backend", ["fsdp", "unsloth"])
