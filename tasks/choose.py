@@ -64,7 +64,8 @@ class Choice:
         """What the order says of it."""
         chosen = ("precision", "recompute", "microbatch_rows", "offload", "compile", "on_oom")
         said = {name: getattr(self.hardware, name) for name in chosen}
-        return said | ({"predicted_gib": round(self.gib, 2)} if self.parts else {})
+        expected = {"predicted_gib": round(self.gib, 2), "predicted_host_gib": round(self.host_gib, 2)}
+        return said | (expected if self.parts else {})
 
     def say(self) -> str:
         """`bf16-stochastic, recompute none, 4 rows a micro-batch`."""

@@ -54,7 +54,7 @@ def _run_until_it_fits(
         try:
             return run_worker(module, directories, order.how, forward=say, lock_descriptors=descriptors, hub=on_hub)
         except OutOfMemory as full:
-            rows = next_rows(order.how)
+            rows = next_rows(order.how, full.record)
             if rows is None:
                 raise refusal(order.stage, full.record, order.how) from None
             tried = [*order.how.get("out_of_memory", []), full.record]

@@ -1,7 +1,7 @@
 """The training worker: `python -m tasks.training DIR`, or several processes of it under torchrun.
 
 Exit codes: 0 done, 2 bad input (see `error.txt` in DIR), 75 stopped by SIGTERM or SIGINT (run it again to
-resume), 76 out of GPU memory (see `oom.json`). torchrun turns every code of a process into 1, so a stop also
+resume), 76 out of memory (see `oom.json`). torchrun turns every code of a process into 1, so a stop also
 leaves `preempted.txt` in DIR until the next run.
 """
 
@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 import time
-import traceback
 from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
@@ -30,7 +29,6 @@ from tasks.stage import (
     read_order,
     stage_lock,
     sweep,
-    write_json,
     write_text,
 )
 from tasks.training import checkpoint
@@ -46,8 +44,6 @@ OFFLINE = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 SECONDS_FOR_RANK_0 = 30
-SAID_WHEN_FULL = ("CUDA error: out of memory", "[CUDA]: out of memory", "Cuda failure 2 'out of memory'",
-                  "CUBLAS_STATUS_ALLOC_FAILED")  # fmt: skip
 IS_MAIN = os.environ.get("RANK", "0") == "0"
 
 
@@ -69,10 +65,12 @@ def main(directory: Path) -> int:
             with suppress(Preempted):
                 time.sleep(SECONDS_FOR_RANK_0)
         return EXIT_USER_ERROR
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        from tasks.training.full import record_full, which_is_full
+
+        if not (which := which_is_full(error)):
             raise
-        _record_out_of_memory(directory)
+        record_full(directory, which)
         return EXIT_OOM
     except Preempted:
         if (directory / ARTIFACT).is_file():  # the signal came behind the end: there is nothing to resume
@@ -119,29 +117,6 @@ def _set_environment(unused: tuple[str, ...]) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for package in unused:
         sys.modules[package] = None  # type: ignore[assignment]
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether a GPU's memory was full; the driver, cuBLAS, NCCL and Triton each have words of their own for it."""
-    while error is not None:
-        if type(error).__name__ == "OutOfMemoryError" or any(said in str(error) for said in SAID_WHEN_FULL):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _record_out_of_memory(directory: Path) -> None:
-    """What the launcher needs to word the error, and to go on with less (tasks/oom.py); any process may be the one."""
-    import torch
-
-    from tasks.training.metrics import read_metrics
-
-    traceback.print_exc()
-    how, lines = read_order(directory).how, read_metrics(directory)
-    measured = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-    record = {"measured_gib": measured, "predicted_gib": how.get("predicted_gib"), "step": len(lines) + 1,
-              "microbatch_rows": how.get("microbatch_rows", 1)}  # fmt: skip
-    write_json(directory / OOM, record)
 
 
 def _clear(directory: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tasks.errors import UserError
 from tasks.execute import compute
-from tasks.oom import refusal
+from tasks.oom import next_rows, refusal
 from tasks.plan import Planned
 from tasks.stage import OOM, Order, read_artifact, read_order
 
@@ -101,10 +101,36 @@ def test_what_is_advised_takes_less_and_is_allowed(how: dict[str, str], smaller:
 
 
 def test_a_full_gpu_is_known_by_all_its_names() -> None:
-    from tasks.training.__main__ import _is_out_of_memory
+    from tasks.training.full import which_is_full
 
     chained = RuntimeError("a step failed")
-    chained.__cause__ = RuntimeError("CUDA error: out of memory")
-    assert _is_out_of_memory(chained)
-    assert _is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
-    assert not _is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    chained.__cause__ = RuntimeError("[CUDA]: out of memory")
+    assert which_is_full(chained) == "gpu"
+    assert which_is_full(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")) == "gpu"
+    assert which_is_full(RuntimeError("CUDA error: an illegal memory access was encountered")) == ""
+
+
+def test_full_host_memory_is_not_taken_for_a_full_gpu() -> None:
+    import torch
+
+    from tasks.training.full import which_is_full
+
+    def pin_memory() -> None:
+        raise RuntimeError("CUDA error: out of memory")  # the driver's words, where it cannot pin
+
+    with pytest.raises(RuntimeError) as pinning:
+        pin_memory()
+    assert which_is_full(pinning.value) == "host"
+    with pytest.raises(RuntimeError) as plain:
+        torch.empty(2**55, dtype=torch.uint8)
+    assert which_is_full(plain.value) == "host" and which_is_full(MemoryError()) == "host"
+
+
+def test_a_smaller_micro_batch_is_no_answer_to_full_host_memory() -> None:
+    record = {"memory": "host", "measured_gib": 61.0, "predicted_gib": 500.0, "microbatch_rows": 8, "step": 1}
+    how = {"microbatch_rows": 8, "on_oom": "retry", "offload": "cpu", "tag": "box"}
+    assert next_rows(how, record | {"memory": "gpu"}) == 4 and next_rows(how, record) is None
+    assert next_rows(how | {"recompute": "unsloth"}, record) == 4  # its inputs of layers lie there
+    text = str(refusal("cpt", record, how))
+    assert "ran out of the machine's own memory at step 1 with 8 rows a micro-batch: 61.0 GiB were taken by one" in text
+    assert "500.0 GiB were planned for all" in text and "more nodes" in text and "microbatch_rows: 4" not in text
