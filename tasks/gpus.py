@@ -2,15 +2,18 @@
 
 A work pool's limit counts only the runs of that pool. These locks count whatever `steep` starts on the machine. They
 are files that the kernel unlocks when the last process that holds them ends: a killed run frees its GPUs, and a worker
-that outlives its launcher keeps them. Several GPUs are locked in one order everywhere: nobody waits in a circle.
+that outlives its launcher keeps them. Several GPUs are locked in one order everywhere: nobody waits in a circle. A
+slice of a card (MIG) has memory and units of its own, and a lock of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import re
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +24,8 @@ from typing import Any
 from tasks.errors import UserError
 from tasks.holder import read_holder, still_stands
 
-DRIVER = Path("/proc/driver/nvidia/gpus")
+LIST = ["nvidia-smi", "-L"]
+TIMEOUT_SECONDS = 30
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 POLL_SECONDS = 0.2
 
@@ -51,34 +55,62 @@ def booked(
 def gpus_of(module: str, how: dict[str, Any]) -> list[str]:
     """The GPUs that a worker will use: as many as the tag says for training, the first for evaluation.
 
-    Named by their UUID where the driver tells it, so that an index and a UUID in CUDA_VISIBLE_DEVICES mean the same
-    lock. Raises `UserError` when fewer are visible than the tag says.
+    Named by their whole UUID where the driver tells it, so that an index, a UUID and its first letters in
+    CUDA_VISIBLE_DEVICES mean the same lock. Raises `UserError` when fewer are visible than the tag says.
     """
     if how.get("device") != "cuda" or module not in ("tasks.training", "tasks.evaluation"):
         return []
     needed = int(how.get("processes", 1)) if module == "tasks.training" else 1
-    uuids = _uuids()
     said = os.environ.get(VISIBLE)
-    visible = [part.strip() for part in said.split(",") if part.strip()] if said is not None else None
-    if visible is None:
-        visible = [str(index) for index in range(max(needed, len(uuids)))]
+    visible = _visible(said, listed(), needed)
     if len(visible) < needed:
         raise UserError(
             f"the hardware tag '{how.get('tag', '?')}' uses {needed} GPUs, and {VISIBLE} shows {len(visible)}",
             where=f"{VISIBLE}={said}",
             todo=f"show it {needed}, or choose a tag with fewer",
         )
-    return [uuids[int(one)] if one.isdigit() and int(one) < len(uuids) else one for one in visible[:needed]]
+    return visible[:needed]
 
 
-def _uuids() -> list[str]:
-    """UUIDs of the machine's GPUs by index, as the driver lists them; empty where it does not tell."""
-    found = []
-    for information in sorted(DRIVER.glob("*/information")):  # by their place on the bus
-        with contextlib.suppress(OSError):
-            if said := re.search(r"GPU UUID:\s*(\S+)", information.read_text()):
-                found.append(said[1])
-    return found
+def _visible(said: str | None, cards: list[list[str]], needed: int) -> list[str]:
+    """The UUIDs that CUDA_VISIBLE_DEVICES names, as CUDA reads it: up to the first that is not there."""
+    if said is None:
+        return [card[-1] for card in cards] or [str(index) for index in range(needed)]
+    names = [name.strip() for name in said.split(",") if name.strip()]
+    if not cards:
+        return names
+    found = (_resolve(name, cards) for name in names)
+    return list(itertools.takewhile(bool, found))
+
+
+def _resolve(name: str, cards: list[list[str]]) -> str:
+    """The UUID of an index, of a UUID or of one's first letters; empty for what is not there."""
+    if name.isdigit():
+        return cards[int(name)][-1] if int(name) < len(cards) else ""
+    if name.startswith("MIG-GPU-"):  # an older driver's: MIG-GPU-<the card's UUID>/<instance>/<instance>
+        return name if any(name.startswith(f"MIG-{uuid}/") for uuid, *_ in cards) else ""
+    matching = [uuid for card in cards for uuid in card if uuid.startswith(name)]
+    return matching[0] if len(matching) == 1 else ""
+
+
+def listed() -> list[list[str]]:
+    """The cards that this process can reach, in CUDA's order. Each is its UUID, and those of its slices behind it, the
+    one last that CUDA takes for the card: its first.
+
+    nvidia-smi knows of control groups: a job that Slurm gave the third card sees it as index 0, as CUDA does, while
+    /proc/driver/nvidia lists the whole machine. Empty without a driver.
+    """
+    try:
+        said = subprocess.run(LIST, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    cards: list[list[str]] = []
+    for is_slice, uuid in re.findall(r"^( *)(?:GPU|MIG).*\(UUID: *([^)\s]+)\)", said, re.M):
+        if not is_slice:
+            cards.append([uuid])
+        elif cards:
+            cards[-1].insert(1, uuid)
+    return cards
 
 
 @contextmanager

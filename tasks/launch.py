@@ -150,7 +150,7 @@ def worker_environment(how: dict[str, Any], lock_descriptors: Sequence[int], hub
     """Our environment, silenced; offline unless the config names the hub."""
     environment = {**os.environ, **QUIET} | ({} if hub else OFFLINE)
     environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(grace_seconds()))  # torchrun's, for its ranks
-    environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts GPUs, and our locks
+    environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as nvidia-smi counts GPUs, and our locks; nobody else's count
     threads = how.get("threads") or max(1, (os.cpu_count() or 1) // int(how.get("processes", 1)))
     if how.get("device") == "cpu":
         environment["OMP_NUM_THREADS"] = str(threads)

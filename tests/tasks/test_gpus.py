@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import gpus, launch
+from tasks import launch
 from tasks.errors import UserError
 from tasks.execute import compute
 from tasks.gpus import booked, gpus_of
@@ -35,8 +35,25 @@ with booked("tasks.training", {"device": "cuda", "processes": int(sys.argv[1])},
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("STEEP_GPU_LOCKS", str(tmp_path / "locks"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setattr(gpus, "DRIVER", tmp_path / "gpus")  # the machine's own GPUs do not count
+    show(tmp_path, "exit 9", monkeypatch)  # the machine's own GPUs do not count
     yield
+
+
+def show(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An nvidia-smi that says something else."""
+    smi = folder / "bin" / "nvidia-smi"
+    smi.parent.mkdir(exist_ok=True, parents=True)
+    smi.write_text(f"#!/bin/sh\n{script}\n")
+    smi.chmod(0o755)
+    if str(smi.parent) not in os.environ["PATH"]:
+        monkeypatch.setenv("PATH", f"{smi.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+def cards(*uuids: str) -> str:
+    """A script that lists these cards as `nvidia-smi -L` does; a slice begins with MIG-."""
+    lines = [f"  MIG 1g.10gb     Device  0: (UUID: {uuid})" if uuid.startswith("MIG-") else
+             f"GPU {number}: NVIDIA H200 (UUID: {uuid})" for number, uuid in enumerate(uuids)]  # fmt: skip
+    return "cat <<'END'\n" + "\n".join(lines) + "\nEND"
 
 
 def hold(processes: int, seconds: float, visible: str = "0,1") -> subprocess.Popen[str]:
@@ -134,15 +151,47 @@ def test_which_gpus_a_worker_books(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_index_and_a_uuid_are_one_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number, bus in enumerate(("0000:19:00.0", "0000:3b:00.0")):
-        (tmp_path / "gpus" / bus).mkdir(parents=True)
-        text = f"Model: \t\t NVIDIA H200\nGPU UUID: \t GPU-aaaa-{number}\nDevice Minor: \t {number}\n"
-        (tmp_path / "gpus" / bus / "information").write_text(text)
-    assert gpus_of("tasks.training", TWO) == ["GPU-aaaa-0", "GPU-aaaa-1"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aaaa-1")
-    assert gpus_of("tasks.evaluation", TWO) == ["GPU-aaaa-1"]
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert gpus_of("tasks.training", TWO) == ["GPU-aaaa-0", "GPU-aaaa-1"]
+    show(tmp_path, cards("GPU-aaaa-0", "GPU-aaaa-1", "GPU-bbbb-2"), monkeypatch)
+
+    def named(visible: str | None, module: str = "tasks.evaluation") -> list[str]:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        return gpus_of(module, TWO)
+
+    assert named("0,1", "tasks.training") == named(None, "tasks.training") == ["GPU-aaaa-0", "GPU-aaaa-1"]
+    assert named("2") == named("GPU-bbbb-2") == named("GPU-b") == ["GPU-bbbb-2"]  # CUDA takes the first letters too
+    assert named("GPU-b, 0", "tasks.training") == ["GPU-bbbb-2", "GPU-aaaa-0"]
+    for nothing in ("GPU-aaaa", "7", "GPU-cccc", "-1,0", "NoDevFiles", ""):  # of two; of none; and none behind it
+        with pytest.raises(UserError, match="shows 0"):
+            named(nothing)
+    with pytest.raises(UserError, match="shows 1"):
+        named("0,9,1", "tasks.training")
+
+
+def test_slices_of_a_card_have_locks_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    show(tmp_path, cards("GPU-aaaa-0", "MIG-cccc-1", "MIG-dddd-2", "GPU-bbbb-3"), monkeypatch)
+    for visible, name in (("MIG-cccc-1", "MIG-cccc-1"), ("MIG-d", "MIG-dddd-2"), ("0", "MIG-cccc-1"),
+                          ("1", "GPU-bbbb-3"), ("MIG-GPU-aaaa-0/3/0", "MIG-GPU-aaaa-0/3/0")):  # fmt: skip
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert gpus_of("tasks.evaluation", TWO) == [name]
+
+
+def test_index_0_of_two_batch_jobs_is_two_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's control groups: each job sees its own card alone, as index 0; a run outside of them sees both."""
+    show(tmp_path, cards("GPU-aaaa-0"), monkeypatch)
+    with hold(1, 600, "0") as first:
+        assert first.stdout is not None and first.stdout.readline() == "held\n"
+        show(tmp_path, cards("GPU-bbbb-1"), monkeypatch)
+        with hold(1, 600, "0") as second:
+            assert second.stdout is not None and second.stdout.readline() == "held\n", "two cards, and one lock"
+            show(tmp_path, cards("GPU-aaaa-0", "GPU-bbbb-1"), monkeypatch)
+            with hold(1, 600, "1") as third:
+                assert third.stdout is not None
+                assert third.stdout.readline().startswith(f"waiting: GPU GPU-bbbb-1 is held by process {second.pid} ")
+                third.kill()
+            second.kill()
+        first.kill()
 
 
 def test_two_stages_never_share_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
