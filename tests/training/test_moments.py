@@ -15,11 +15,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 from torch.optim.lr_scheduler import LambdaLR
 
+from tasks.room import checkpoint_bytes
 from tasks.training.moments import as_part
 from tasks.training.states import list_moments, load_states, save_states
 
 pytest.importorskip("torchao")
-SHAPES = {"rows": (64, 256), "odd": (96, 128), "vector": (8192,), "tiny": (100,), "uneven": (33, 512)}
+# Two processes cut "halves" within a block: they keep it in bf16.
+SHAPES = {"rows": (64, 256), "odd": (96, 128), "vector": (8192,), "tiny": (100,), "uneven": (33, 512),
+          "halves": (66, 128), "many": (768, 96)}  # fmt: skip
 RATE = 1e-3
 
 
@@ -73,7 +76,7 @@ def train_and_save(rank: int, world_size: int, folder: Path) -> None:
         optimizer.step()
         scheduler.step()
     quantized = {moment.name.split(".")[1] for moment in list_moments(model, optimizer) if moment.quantized}
-    assert quantized == {"rows", "odd", "uneven", "vector"} - ({"vector"} if world_size > 2 else set())
+    assert quantized == {"rows", "odd", "uneven", "vector", "many"} | ({"halves"} if world_size == 1 else set())
     save_states(folder, model, optimizer, scheduler)
     if rank == 0:
         torch.save(whole(model, optimizer) if world_size == 1 else None, folder / "alone.pt")
@@ -111,8 +114,12 @@ def test_8_bit_moments_survive_a_change_of_processes(tmp_path: Path, before: int
     loaded = torch.load(tmp_path / "loaded.pt")
     assert saved.keys() == loaded.keys() and len(saved) == 4 * len(SHAPES)
     assert saved["optimizer.rows.exp_avg"].abs().max() > 0 and saved["optimizer.rows.step"] == 3
+    parameters = sum(torch.Size(shape).numel() for shape in SHAPES.values())
+    stored = sum(file.stat().st_size for file in (tmp_path / "state").glob("*.distcp"))
+    assert stored < 1.4 * checkpoint_bytes(parameters, "bf16-stochastic"), "more than the plan of the disk says"
     for name, tensor in saved.items():
-        if before == after or not any(part in name for part in ("odd.exp", "vector.exp")):
+        if before == after or "halves.exp" not in name:
             assert torch.equal(loaded[name], tensor), name
         else:
-            assert torch.allclose(loaded[name], tensor, rtol=0.1, atol=float(tensor.abs().max()) / 100), name
+            one, other = loaded[name].float(), tensor.float()
+            assert torch.allclose(one, other, rtol=0.1, atol=float(other.abs().max()) / 100), name
