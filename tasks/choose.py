@@ -25,6 +25,7 @@ HEADROOM = 0.06  # of a GPU's memory: its context, fragmentation, and what the p
 MASTER_IS_WORTH = 0.05
 FULL_MICROBATCH_TOKENS = 16_384  # more rows at a time gain nothing
 CPU_ROWS = 4
+EVALUATION_BATCH_GIB = 8.0  # as tasks/evaluation/model.py sizes its batches
 RANKING_CARD = "h200"  # settings of a card that is not in tasks/cards.py are ranked as on this one; no time is said
 
 
@@ -121,6 +122,14 @@ def fastest_that_fits(candidates: list[Choice], hardware: Hardware) -> Choice | 
     masters = [candidate for candidate in fitting if candidate.hardware.precision == "fp32-master"]
     master = max(masters, key=_tokens_per_second, default=best)
     return master if _tokens_per_second(master) >= (1 - MASTER_IS_WORTH) * _tokens_per_second(best) else best
+
+
+def evaluation_dtype(hardware: Hardware, shape: ModelShape | None) -> str:
+    """What an evaluation holds the model in: float32, unless only bfloat16 fits a GPU."""
+    if hardware.device == "cpu" or shape is None or hardware.memory_gib is None:
+        return "float32"
+    room_gib = hardware.memory_gib * (1 - HEADROOM) - EVALUATION_BATCH_GIB
+    return "float32" if 4 * shape.parameters / GIB <= room_gib else "bfloat16"
 
 
 def _tokens_per_second(choice: Choice) -> float:

@@ -21,6 +21,7 @@ from tasks.speed import MEAN_CONTEXT
 from tasks.stage import ARTIFACT, read_artifact
 
 INDENT = " " * 7
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def lines(plan: dict[str, Planned], wanted: Iterable[str] | None = None) -> list[str]:
@@ -49,7 +50,7 @@ def missing_for(plan: dict[str, Planned], wanted: Iterable[str]) -> UserError | 
 
 
 def _missing_for_evaluation(plan: dict[str, Planned], hows: list[dict[str, Any]]) -> UserError | None:
-    """Evaluation holds a whole model in float32 on one GPU, whatever trained it."""
+    """Evaluation holds a whole model on one GPU, whatever trained it: in float32, or in bf16 where only that fits."""
     if not hows or hows[0]["device"] != "cuda":
         return None
     how, where = hows[0], f"hardware tag {hows[0]['tag']}"
@@ -57,11 +58,12 @@ def _missing_for_evaluation(plan: dict[str, Planned], hows: list[dict[str, Any]]
         return UserError("evaluation needs a GPU, and nvidia-smi shows none that we may use here", where=where,
                          todo="run it where the GPU is, or take --hardware cpu")  # fmt: skip
     shapes = [p.choice.job.shape for p in plan.values() if p.choice and p.choice.job]
-    needed_gib = max((4 * shape.parameters / GIB for shape in shapes), default=0.0)
+    dtype = how["dtype"]
+    needed_gib = max((DTYPE_BYTES[dtype] * shape.parameters / GIB for shape in shapes), default=0.0)
     if needed_gib < how["memory_gib"]:
         return None
     return UserError(
-        f"evaluation holds the model in float32 on one GPU: {needed_gib:.1f} of {how['memory_gib']:g} GiB",
+        f"evaluation holds the model in {dtype} on one GPU: {needed_gib:.1f} of {how['memory_gib']:g} GiB",
         where=where,
         todo="train with --until sft, and evaluate elsewhere: --hardware with a larger GPU, or cpu",
     )

@@ -1,4 +1,4 @@
-"""The memory of a node itself: what training takes of it, and how much of it we may use. Loads neither torch nor Prefect.
+"""The memory of a node itself: what training takes of it, and how much of it we may use. Loads no torch.
 
 Under FSDP2 each process reads the rows that it keeps straight to where they stay (tasks/training/loading.py). On the
 host live the processes, one tensor at a time while loading, and what is offloaded. What is pinned there, torch takes
@@ -25,7 +25,7 @@ def host_bytes(shape: ModelShape, setting: Setting, processes: int) -> float:
 
 
 def _loading(shape: ModelShape, setting: Setting, processes: int) -> float:
-    """The embedding is the largest tensor. New tokens' rows take all of it once, and a copy; else only a shard's rows."""
+    """The embedding is the largest tensor. New tokens' rows take all of it once, and a copy; else a shard's rows do."""
     width = STATE_BYTES[setting.precision][0]
     means = 2 * width * shape.embedding
     if setting.offload == "cpu":

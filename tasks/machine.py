@@ -48,7 +48,7 @@ def resolve_tag(tag: str) -> tuple[str, Hardware]:
 
 
 def missing_here(tag: str, hardware: Hardware, hows: list[dict[str, Any]], host_gib: float = 0.0) -> UserError | None:
-    """What this machine lacks for the tag and the orders of its stages, or None; `host_gib` is what they take of its own memory."""
+    """What this machine lacks for the tag and its stages' orders; `host_gib` is what they take of its own memory."""
     if hardware.device == "cpu":
         return None
     missing = _missing_gpus(tag, hardware, gpus()) or _missing_extras(tag, hardware, hows)

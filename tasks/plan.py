@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tasks.choose import Choice, Job, choose
+from tasks.choose import Choice, Job, choose, evaluation_dtype
 from tasks.config import Hardware, Run, TrainStage
 from tasks.errors import UserError
 from tasks.hardware import place
@@ -90,6 +90,8 @@ def make_plan(run: Run, config_path: Path, tag: str, hardware: Hardware) -> dict
             planned = replace(planned, reasons=tuple(f"{name} runs again" for name in redone))
         if order.kind == "train":
             planned = _settle(planned, run, tag, hardware, shape)
+        if order.kind == "evaluate":
+            planned.order.how["dtype"] = evaluation_dtype(hardware, shape)
         plan[planned.stage] = planned
     return plan
 

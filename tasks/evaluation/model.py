@@ -29,12 +29,12 @@ MAX_LENGTH_TOKENS = 8192
 BATCH_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}  # logits or key-value cache of one batch
 
 
-def load_model(folder: str, stage: str, device: str, threads: int | None) -> WatchedLM:
-    """The model of a local folder in float32. Only safetensors are read."""
+def load_model(folder: str, stage: str, device: str, threads: int | None, dtype: str = "float32") -> WatchedLM:
+    """The model of a local folder. Only safetensors are read. Scores are summed in float32, whatever it computes in."""
     try:
         # use_safetensors reaches from_pretrained: pickled weights are refused
-        model = WatchedLM(stage, pretrained=folder, device=device, dtype="float32", use_safetensors=True,
-                          trust_remote_code=trusted())  # fmt: skip
+        model = WatchedLM(stage, pretrained=folder, device=device, dtype=dtype, use_safetensors=True,
+                          softmax_dtype="float32", trust_remote_code=trusted())  # fmt: skip
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"the model does not load: {str(error).splitlines()[0]}",

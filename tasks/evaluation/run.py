@@ -26,7 +26,10 @@ def evaluate(order: Order, directory: Path) -> dict[str, Any]:
     with heartbeat(order.stage, f"reading {len(names)} tasks"):
         manager, loaded = load_suite(names, include_path(order))
     with heartbeat(order.stage, "loading the model"):
-        model = load_model(order.inputs["model"], order.stage, how.get("device", "cpu"), how.get("threads"))
+        dtype = how.get("dtype", "float32")
+        model = load_model(order.inputs["model"], order.stage, how.get("device", "cpu"), how.get("threads"), dtype)
+    if dtype != "float32":
+        say(f"{order.stage:<14}evaluating in {dtype}: in float32 the model and a batch do not fit the GPU")
     seconds_load = time.monotonic() - started_at
 
     raw = ask_lm_eval(model, manager, loaded, order.what.get("limit"))
@@ -40,6 +43,7 @@ def evaluate(order: Order, directory: Path) -> dict[str, Any]:
         "tasks": len(raw["samples"]),
         "samples": sum(len(lines) for lines in raw["samples"].values()),
         "undefined_metrics": undefined,
+        "dtype": dtype,
         "seconds_load": round(seconds_load, 3),
     }
 

@@ -40,7 +40,17 @@ def results(run: RunRecord) -> Section:
     """The result table."""
     if not run.roles:
         return Section("Results", [Text("This run evaluates nothing: its config has no `evaluate`.")])
-    return Section("Results", [result_table(results_frame(run), run.roles)])
+    return Section("Results", [result_table(results_frame(run), run.roles), *_rounded(run)])
+
+
+def _rounded(run: RunRecord) -> list[Block]:
+    """Which models were evaluated in bf16; none where all were in float32."""
+    rounded = [TITLES[role] for role in run.roles if run.evaluation(role).counts.get("dtype", "float32") != "float32"]
+    if not rounded:
+        return []
+    same = len(rounded) == len(run.roles)
+    warning = "" if same else " The others were in float32, so differences between them hold that of the precision."
+    return [Text(f"Evaluated in bfloat16, as float32 did not fit the GPU: {listed(rounded)}.{warning}")]
 
 
 def result_table(frame: pd.DataFrame, roles: Sequence[str]) -> Table:

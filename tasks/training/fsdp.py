@@ -2,8 +2,9 @@
 gloo).
 
 A backend is a module with these functions: `start_process` (before transformers is imported), `load_model`,
-`set_threads`, `trainer_settings`, `before_trainer`, `shard`, `check_wrapper`, `full_tensors`. With several processes each
-reads and holds its shard of weights, gradients and states; a checkpoint is sharded as well (torch.distributed.checkpoint).
+`set_threads`, `trainer_settings`, `before_trainer`, `shard`, `check_wrapper`, `full_tensors`. With several processes
+each reads and holds its shard of weights, gradients and states; a checkpoint is sharded as well
+(torch.distributed.checkpoint).
 """
 
 from __future__ import annotations

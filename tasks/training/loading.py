@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -99,7 +100,8 @@ def shard(model: Any, accelerator: Any) -> bool:
     pending: Pending = getattr(model, PENDING)
     delattr(model, PENDING)
     fsdp2_prepare_model(accelerator, model)
-    device = "cpu" if accelerator.state.fsdp_plugin.cpu_offload else accelerator.device
+    offloads = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+    device = torch.device("cpu") if offloads else accelerator.device
     model._apply(lambda t: torch.empty_like(t, device=device) if isinstance(t, DTensor) else t)
     means = _mean_rows(model, pending)
     for name, tensor, source in _places(model, pending.files):
@@ -206,7 +208,7 @@ def first_row(tensor: DTensor) -> int:
 
 
 def _mean_rows(model: Any, pending: Pending) -> dict[str, torch.Tensor]:
-    """Embedding -> what its new tokens get. One process reads the whole of an embedding for it, and tells the others."""
+    """Embedding -> what its new tokens get. One process reads all of an embedding for it, and tells the others."""
     if not pending.new_ids:
         return {}
     weights = {id(e.weight): e.weight for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e}

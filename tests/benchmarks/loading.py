@@ -123,7 +123,8 @@ def main() -> None:
     parser.add_argument("--inside", choices=WAYS)
     said = parser.parse_args()
     if said.inside:
-        return inside(said.folder, said.inside)
+        inside(said.folder, said.inside)
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parameters = make_folder(folder, said.millions, said.dtype)

@@ -98,6 +98,21 @@ def test_pickled_weights_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     assert "safetensors" in caught.value.allowed
 
 
+def test_a_model_in_bf16_scores_nearly_the_same_in_float32_sums(tiny_model: Path) -> None:
+    import torch
+    from lm_eval.api.instance import Instance
+
+    from tasks.evaluation.model import load_model
+
+    scores = {}
+    for dtype in ("float32", "bfloat16"):
+        model = load_model(str(tiny_model), "evaluate_base", "cpu", 1, dtype)
+        assert {p.dtype for p in model.model.parameters()} == {getattr(torch, dtype)}
+        request = Instance("loglikelihood", {}, ("the bank", " reports its capital to the regulator"), 0)
+        scores[dtype] = model.loglikelihood([request])[0][0]
+    assert scores["float32"] != scores["bfloat16"] == pytest.approx(scores["float32"], rel=0.01)
+
+
 def test_batches_fit_the_budget_and_threads_fit_the_model() -> None:
     from tasks.evaluation.model import MAX_ROWS, rows_that_fit
     from tasks.threads import choose_threads

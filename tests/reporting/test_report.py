@@ -207,3 +207,18 @@ def test_an_unbalanced_ledger_is_not_called_balanced(report_directory: Path) -> 
 def _style(text: str) -> str:
     """The page's own style sheet."""
     return text[text.index("<style>") : text.index("</style>")]
+
+
+def test_models_in_bf16_are_told_and_more_so_beside_others_in_float32(tmp_path: Path) -> None:
+    directory = make_run(tmp_path)
+
+    def said(*roles: str) -> str:
+        run = gather(directory)
+        for role in roles:
+            run.evaluation(role).counts["dtype"] = "bfloat16"
+        return render_html("title", [], make_sections(run))
+
+    assert "Evaluated in bfloat16" not in said()
+    assert "did not fit the GPU: Base, CPT, SFT." in said("base", "cpt", "sft")
+    text = said("base", "cpt", "sft"), said("sft")
+    assert "The others were in float32" not in text[0] and "GPU: SFT. The others were in float32" in text[1]

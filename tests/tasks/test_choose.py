@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tasks.choose import HEADROOM, Choice, Job, choose, combinations
+from tasks.choose import HEADROOM, Choice, Job, choose, combinations, evaluation_dtype
 from tasks.config import load_config
 from tasks.errors import UserError
 from tasks.hardware import Hardware, load_hardware
@@ -168,3 +168,10 @@ def test_rows_that_do_not_divide_cost_as_much_as_full_micro_batches() -> None:
     five, eight = (predict_speed(LLAMA_8B, setting, "h200", rows, ()) for rows in (5, 8))
     assert five.step_seconds == eight.step_seconds
     assert five.tokens_per_second == pytest.approx(5 / 8 * eight.tokens_per_second)
+
+
+@pytest.mark.parametrize(("tag", "dtype"), [("1xh200", "float32"), ("1x24gb", "bfloat16"), ("cpu", "float32")])
+def test_an_evaluation_is_in_float32_where_that_fits(tag: str, dtype: str) -> None:
+    """8B: 30 GiB in float32; a batch's 8 GiB come on top."""
+    assert evaluation_dtype(load_hardware(tag), LLAMA_8B) == dtype
+    assert evaluation_dtype(load_hardware(tag), None) == "float32"

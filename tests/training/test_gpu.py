@@ -33,6 +33,7 @@ from tests.training.conftest import (  # noqa: E402
     wait_until,
     weights,
 )
+from tests.training.test_loading import WHOLE, with_a_stranger, with_new_tokens  # noqa: E402
 
 LENGTHS = [400, 3, 1, 333, 170, 117]
 
@@ -184,3 +185,26 @@ def test_weights_in_the_hosts_memory_learn_the_same(processes: int, tmp_path: Pa
     assert read_artifact(stages["cpu"])["counts"]["wrapper"] == "FSDP2"
     here, there = weights(stages["none"]), weights(stages["cpu"])
     assert max(float((here[name] - there[name]).abs().max()) for name in here) < 2e-4
+
+
+@pytest.mark.parametrize("precision", ["fp32-master", "bf16-stochastic"])
+def test_gpus_read_their_shards_as_they_were_read_whole(precision: str, tmp_path: Path) -> None:
+    """The first step's loss is that of the weights as they were read: equal to the bit. Kernels differ later."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    if precision == "bf16-stochastic":
+        pytest.importorskip("torchao")
+    base = make_model(tmp_path / "base", tied=precision == "fp32-master")
+    prepared = with_new_tokens(tmp_path / "prepare_cpt-test")
+    stages = {}
+    for way, init in (("shards", base), ("whole", with_a_stranger(base, tmp_path / "stranger"))):
+        how = {"device": "cuda", "processes": 2, "precision": precision, "compile": False}
+        stages[way] = make_stage(tmp_path / way, init, prepared, how)
+        assert run_worker(stages[way], 2) == 0, (stages[way] / "worker.log").read_text()[-2000:]
+        assert (WHOLE in (stages[way] / "worker.log").read_text()) == (way == "whole")
+        assert read_artifact(stages[way])["counts"]["wrapper"] == "FSDP2"
+    first = [read_metrics(stage)[0]["loss"] for stage in stages.values()]
+    assert first[0] == first[1]
+    if precision == "fp32-master":
+        one, other = weights(stages["shards"]), weights(stages["whole"])
+        assert max(float((one[name] - other[name]).abs().max()) for name in one) < 2e-4

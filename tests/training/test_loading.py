@@ -94,7 +94,7 @@ def test_a_training_that_read_shards_is_that_which_read_all(make: Any, processes
     assert trained["shards"].keys() == trained["whole"].keys()
     assert {name for name, t in trained["whole"].items() if not torch.equal(t, trained["shards"][name])} == set()
     rows = trained["shards"]["model.embed_tokens.weight"]
-    assert rows.shape[0] == VOCAB_SIZE + 2 and not torch.equal(rows[:VOCAB_SIZE], load_rows(base)), "nothing was learned"
+    assert rows.shape[0] == VOCAB_SIZE + 2 and not torch.equal(rows[:VOCAB_SIZE], load_rows(base)), "not trained"
 
 
 def load_rows(folder: Path) -> torch.Tensor:
@@ -136,7 +136,7 @@ def test_what_is_not_one_to_one_is_read_whole(base: Path, tmp_path: Path) -> Non
     tensors = load_file(short / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
     save_file(tensors, short / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RuntimeError, match="size mismatch|mismatch"):  # transformers' own words for it
+    with pytest.raises(RuntimeError, match="mismatch"):  # transformers' own words for it
         read(short)
     assert "model.norm.weight has another shape" in told[-1]
 
