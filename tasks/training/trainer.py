@@ -53,9 +53,8 @@ class RowTrainer(SFTTrainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         was_empty = self.backend.shard(self.model, self.accelerator)
         prepared = super()._prepare_for_training(*args, **kwargs)
-        if (
-            was_empty and self.optimizer is not None
-        ):  # accelerate finds parameters by their address, and takes those without a row here for one
+        if was_empty and self.optimizer is not None:
+            # accelerate finds parameters by their address, and takes all that have no row here for one.
             for group, parameters in zip(self.optimizer.param_groups, self.grouped, strict=True):
                 group["params"] = parameters
         self.wrapper = self.backend.check_wrapper(self.model)  # before a step is spent on the wrong one
