@@ -19,6 +19,7 @@ from tasks.config import HARDWARE_FILE, load_config, load_hardware
 from tasks.errors import UserError
 from tasks.hardware import AUTO
 from tasks.plan import GROUPS
+from tasks.roots import hold_config
 from tasks.yaml_file import SafeLoader, nearest
 
 DEFAULT_CONFIG = "configs/regulator.yaml"
@@ -40,9 +41,12 @@ def hardware_tags() -> list[str]:
 
 
 def _check_config(path: str) -> str:
-    if STARTED_BY_WORKER in os.environ and not re.fullmatch(CONFIG_PATTERN, path):
+    by_worker = STARTED_BY_WORKER in os.environ
+    if by_worker and not re.fullmatch(CONFIG_PATTERN, path):
         raise UserError(f"a deployment's config cannot be '{path}'", where="parameter config", allowed=CONFIG_WORDS,
                         todo="copy the file there; on the command line (--config) any path may stand")  # fmt: skip
+    if by_worker:  # a link below the project may lead out of it
+        hold_config(Path(path))
     load_config(path)
     return path
 

@@ -2,7 +2,7 @@
 
 `load_config` reads one file into a `Run` and names file, line, key, value and what is allowed when something is wrong.
 Where a run happens is said in `tasks/hardware.py`. Units stand in names; a share is a fraction.
-Paths are relative to the project's root, from which every command runs.
+Paths are relative to the project's root, from which every command runs; where they may lead says `tasks/roots.py`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from tasks.hardware import HARDWARE_FILE, Hardware, load_hardware
+from tasks.roots import DEFAULT_RUNS, hold_run
 from tasks.yaml_file import Misplaced, Section, locate, nearest, read_yaml, validate
 
 __all__ = ["HARDWARE_FILE", "Hardware", "Run", "load_config", "load_hardware", "locate", "nearest"]
@@ -21,12 +22,21 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
+def _no_climbing(revision: str) -> str:
+    if ".." in revision or revision.startswith("/"):  # git allows neither, and the cache looks it up as a file's name
+        raise ValueError(f"'{revision}' is no revision: a branch, a tag or a commit")
+    return revision
+
+
+Revision = Annotated[str, AfterValidator(_no_climbing)]
+
+
 class Model(Section):
     """The base model: a local folder, or a hub id (never guessed: a hub id needs `hub: true`)."""
 
     path: str
     hub: bool = False
-    revision: str | None = None
+    revision: Revision | None = None
     seq_len: int = Field(gt=1, description="tokens a packed row")
     chat_template: str | None = Field(None, description="Jinja file, for a tokenizer without a template")
     trust_remote_code: bool | None = Field(None, description="run the code that the model brings (tasks/trust.py)")
@@ -38,7 +48,7 @@ class HubDataset(Section):
     id: str
     subset: str | None = None
     split: str = "train"
-    revision: str | None = None
+    revision: Revision | None = None
 
 
 class Source(Section):
@@ -189,7 +199,7 @@ class Run(Section):
     name: Name
     hardware: str = Field(description="a tag: one row of configs/hardware.yaml")
     seed: int = Field(0, ge=0)
-    runs_dir: str = "runs"
+    runs_dir: str = DEFAULT_RUNS
     report_to: Literal["tensorboard", "wandb", "mlflow", "trackio"] = Field(
         "tensorboard", description="where a training's curves go, beside metrics.jsonl; recorded, never hashed"
     )
@@ -229,4 +239,6 @@ class Run(Section):
 
 def load_config(path: str | Path) -> Run:
     """Read and check a run's file. Raises `UserError` with file, line, key, value and what is allowed."""
-    return validate(Run, read_yaml(Path(path)), Path(path))
+    run = validate(Run, read_yaml(Path(path)), Path(path))
+    hold_run(run, Path(path))
+    return run

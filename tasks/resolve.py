@@ -19,6 +19,7 @@ import yaml
 from tasks import hub
 from tasks.config import Evaluate, Run, locate, nearest
 from tasks.errors import UserError
+from tasks.roots import hold_found
 from tasks.stage import file_sha256, write_text
 from tasks.trust import check_trust
 
@@ -83,6 +84,7 @@ def resolve_base_model(run: Run, config_path: Path, digests: Digests) -> BaseMod
     else:
         folder = Path(run.model.path)
         _check_folder(folder, where)
+        hold_found([*folder.glob("*"), *folder.rglob("*.py")], config_path, where)
         weights = sorted(folder.glob("*.safetensors"))
         tokenizer = {name: digests.of(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
         configs = {name: digests.of(folder / name) for name in CONFIG_FILES if (folder / name).is_file()}
@@ -117,8 +119,9 @@ def resolve_sources(run: Run, config_path: Path, names: list[str], digests: Dige
             resolved[name] = {"spec": spec, "hf": source.hf.model_dump() | {"revision": commit}}
         else:
             where = locate(config_path, "sources", name, "files")
-            files = [{"path": str(file), "bytes": file.stat().st_size, "sha256": digests.of(file)}
-                     for file in _expand(source.globs, where, name)]  # fmt: skip
+            found = _expand(source.globs, where, name)
+            hold_found(found, config_path, where)
+            files = [{"path": str(file), "bytes": file.stat().st_size, "sha256": digests.of(file)} for file in found]
             resolved[name] = {"spec": spec, "files": files}
     return resolved
 
@@ -132,10 +135,14 @@ def resolve_task_files(evaluate: Evaluate, config_path: Path, digests: Digests) 
     if not folder.is_dir():
         where = locate(config_path, "evaluate", "include_path")
         raise UserError(f"no such folder: {folder}", where=where, allowed="a folder of lm-eval task YAMLs")
-    files = [file for file in sorted(folder.rglob("*")) if file.suffix in (".yaml", ".yml", ".py")]
+    below = sorted(folder.rglob("*"))
+    files = [file for file in below if file.suffix in (".yaml", ".yml", ".py")]
+    links = [path for path in below if path.is_symlink()]
+    hold_found([*files, *links], config_path, locate(config_path, "evaluate", "include_path"))
     wanted = set(evaluate.tasks)
     for file in [f for f in files if f.suffix != ".py"]:
         task = yaml.load(file.read_text(), Loader=_TaskYaml) or {}
+        hold_found(_paths_named(task, file), config_path, str(file))
         if task.get("task") in wanted:
             files += _task_data(task, file)
             wanted.discard(task["task"])
@@ -151,6 +158,17 @@ class _TaskYaml(yaml.SafeLoader):
 
 
 _TaskYaml.add_constructor("!function", _construct_text)
+
+
+def _paths_named(task: dict[str, Any], file: Path) -> list[str | Path]:
+    """What a task's file includes and reads; a data set's id or an address, taken as a relative path, passes."""
+    texts, left = [], [task.get("dataset_path"), task.get("dataset_kwargs")]
+    while left:
+        value = left.pop()
+        left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        texts += [value] if isinstance(value, str) else []
+    included = task.get("include")
+    return [*texts, *(file.parent / one for one in (included if isinstance(included, list) else [included]) if one)]
 
 
 def _task_data(task: dict[str, Any], file: Path) -> list[Path]:

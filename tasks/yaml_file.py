@@ -34,9 +34,9 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def locate(path: Path, *keys: str) -> str:
+def locate(path: Path, *keys: str | int) -> str:
     """`FILE:LINE, key a.b` for an error about a value that was valid on paper."""
-    return f"{_at(path, _find(read_yaml(path), keys))}, key {'.'.join(keys)}"
+    return f"{_at(path, _find(read_yaml(path), keys))}, key {'.'.join(map(str, keys))}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

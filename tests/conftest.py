@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def project(tmp_path: Path, tiny_base: Path) -> Path:
     write_lines(tmp_path / "chats.jsonl", chats)
     (tmp_path / "lm_eval").mkdir()
     (tmp_path / "lm_eval" / "tiny_bpb.yaml").write_text(TASK.format(folder=tmp_path))
-    (tmp_path / "base").symlink_to(tiny_base)
+    shutil.copytree(tiny_base, tmp_path / "base")
     (tmp_path / "run.yaml").write_text(CONFIG.format(folder=tmp_path))
     return tmp_path
 

@@ -192,7 +192,7 @@ def test_a_hub_model_in_the_cache_needs_no_network(project: Path) -> None:
     commit, cache = "0123456789abcdef0123456789abcdef01234567", project / "cache" / "hub" / "models--nobody--nothing"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text(commit)
-    shutil.copytree((project / "base").resolve(), cache / "snapshots" / commit)
+    shutil.copytree(project / "base", cache / "snapshots" / commit)
     edit(project, f"{{path: {project}/base,", "{path: nobody/nothing, hub: true,")
     command = [sys.executable, "-m", "flows.pipeline", "--config", str(project / "run.yaml"), "--plan"]
     environment = os.environ | {"HF_HOME": str(project / "cache"), "HF_HUB_OFFLINE": "1"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,12 +33,10 @@ class OwnModel(LlamaForCausalLM):
 
 
 @pytest.fixture
-def own(project: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The project, whose base model is of an architecture that only its own code knows."""
     monkeypatch.setenv("STEEP_TEST_MARK", str(project / "mark"))
     monkeypatch.setenv("HF_MODULES_CACHE", str(project / "modules"))  # transformers copies the code there
-    (project / "base").unlink()
-    shutil.copytree(tiny_base, project / "base")
     (project / "base/own.py").write_text(CODE)
     config = json.loads((project / "base/config.json").read_text())
     config |= {"model_type": "steep_own", "architectures": ["OwnModel"]}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,175 @@ import pytest
 from flows.pipeline import load_plan
 from tasks.config import load_config
 from tasks.errors import UserError
-from tests.conftest import edit
+from tests.conftest import ROOT, edit
+
+PATHS = {  # (text in the config, its replacement, file:line and key of the message)
+    "runs_dir": ("runs_dir: {inside}/runs", "runs_dir: {outside}/runs", "run.yaml:4, key runs_dir"),
+    "model": ("path: {inside}/base", "path: {outside}/base", "run.yaml:5, key model.path"),
+    "template": (
+        "seq_len: 64",
+        "seq_len: 64, chat_template: {outside}/base/chat_template.jinja",
+        "run.yaml:5, key model.chat_template",
+    ),
+    "source": ("files: {inside}/chats.jsonl", "files: {outside}/chats.jsonl", "run.yaml:9, key sources.chats.files"),
+    "glob": ('files: "{inside}/laws*', 'files: "{outside}/laws*', "run.yaml:7, key sources.laws.files"),
+    "one of a list": (
+        'files: "{inside}/laws*.jsonl"',
+        'files: ["{inside}/laws*.jsonl",\n             "{outside}/laws*.jsonl"]',
+        "run.yaml:8, key sources.laws.files.1",
+    ),
+    "include_path": (
+        "include_path: {inside}/lm_eval",
+        "include_path: {outside}/lm_eval",
+        "run.yaml:24, key evaluate.include_path",
+    ),
+}
+
+
+@pytest.fixture
+def outside(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder below no root that holds all that the project's config names."""
+    folder = tmp_path_factory.mktemp("outside") / "data"
+    shutil.copytree(project, folder)
+    return folder
+
+
+def refusal(project: Path) -> str:
+    with pytest.raises(UserError, match="outside the folders that a run's file may name") as caught:
+        load_plan(str(project / "run.yaml"), None)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("climbing", [False, True], ids=["absolute", "climbing"])
+@pytest.mark.parametrize("case", PATHS)
+def test_no_path_of_a_config_leaves_its_roots(
+    project: Path, outside: Path, case: str, climbing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = os.path.relpath(outside, ROOT) if climbing else str(outside)
+    before, after, where = PATHS[case]
+    edit(project, before.format(inside=project), after.format(inside=project, outside=named))
+    said = refusal(project)
+    assert named in said and where in said
+    assert f"{ROOT} (the project)" in said and f"{project} (the config's folder)" in said
+    assert not list(project.glob("runs/*-*")) and not (outside / "runs").exists()
+
+    monkeypatch.setenv("STEEP_ROOTS", f"/nowhere:{outside}")  # the same config, once the operator allows the folder
+    assert load_plan(str(project / "run.yaml"), None)
+
+
+def test_the_refusal_names_what_to_set(project: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEEP_ROOTS", "/mnt/others")
+    edit(project, f"files: {project}/chats.jsonl", f"files: {outside}/chats.jsonl")
+    said = refusal(project)
+    assert "/mnt/others (STEEP_ROOTS)" in said
+    assert f"set STEEP_ROOTS=/mnt/others:{outside} in the environment" in said
+
+
+LINKS = {  # what becomes a link to its copy outside, and the key of the message
+    "base": "model.path",
+    "base/model.safetensors": "model.path",
+    "base/tokenizer.json": "model.path",
+    "chats.jsonl": "sources.chats.files",
+    "laws.jsonl": "sources.laws.files",
+    "lm_eval": "evaluate.include_path",
+    "lm_eval/tiny_bpb.yaml": "evaluate.include_path",
+    "heldout.jsonl": "lm_eval/tiny_bpb.yaml",
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_a_link_is_judged_by_where_it_leads(project: Path, outside: Path, name: str) -> None:
+    (project / name).rename(project / "aside")
+    (project / name).symlink_to(outside / name)
+    said = refusal(project)
+    assert f"{name} leads to {outside / name}, outside" in said and LINKS[name] in said
+
+    (project / name).unlink()  # a link that stays inside is as good as a file
+    (project / name).symlink_to(project / "aside")
+    assert load_plan(str(project / "run.yaml"), None)
+
+
+def test_each_file_of_a_glob_is_judged(project: Path, outside: Path) -> None:
+    (project / "laws-2.jsonl").symlink_to(outside / "laws.jsonl")
+    assert f"laws-2.jsonl leads to {outside}/laws.jsonl" in refusal(project)
+
+
+def test_a_glob_climbs_not_behind_its_wildcard(project: Path, outside: Path) -> None:
+    up = os.path.relpath(outside, project / "lm_eval")
+    edit(project, f"files: {project}/chats.jsonl", f"files: {project}/lm_*/{up}/chats.jsonl")
+    assert "sources.chats.files" in refusal(project)
+
+
+@pytest.mark.parametrize("line", ["include: {outside}/lm_eval/tiny_bpb.yaml", "dataset_path: {outside}"])
+def test_a_task_reads_nothing_outside(project: Path, outside: Path, line: str) -> None:
+    """Also a task that the run does not name: a group may."""
+    (project / "lm_eval/other.yaml").write_text(f"task: other\n{line}\n".format(outside=outside))
+    assert "lm_eval/other.yaml" in refusal(project)
+
+
+@pytest.mark.parametrize("revision", ["../../../../secret", "/etc/hostname"])
+def test_a_revision_is_no_path(project: Path, revision: str) -> None:
+    edit(project, "seq_len: 64", f"seq_len: 64, revision: {revision}")
+    with pytest.raises(UserError, match="is no revision"):
+        load_config(project / "run.yaml")
+
+
+def test_a_hub_id_is_no_path(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below the working folder this id would be a link that leads outside."""
+    monkeypatch.chdir(project)
+    (project / "nobody").symlink_to("/etc")
+    edit(project, f"path: {project}/base", "path: nobody/base")
+    assert "nobody/base leads to /etc/base" in refusal(project)
+    edit(project, "path: nobody/base", "path: nobody/base, hub: true")
+    assert load_config(project / "run.yaml")
+
+
+def test_runs_may_be_a_link_of_the_operator(project: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    edit(project, f"runs_dir: {project}/runs\n", "")
+    shutil.copytree(ROOT / "configs", project / "configs")
+    (outside / "large").mkdir()
+    (project / "runs").symlink_to(outside / "large")
+    assert load_plan("run.yaml", None)
+
+
+@pytest.mark.parametrize("arguments", [["--plan"], ["--only", "prepare"], ["--force", "report"]], ids=" ".join)
+def test_the_command_line_refuses_with_one_message(project: Path, outside: Path, arguments: list[str]) -> None:
+    edit(project, f"files: {project}/chats.jsonl", f"files: {outside}/chats.jsonl")
+    command = [sys.executable, "-m", "flows.pipeline", "--config", str(project / "run.yaml"), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: " in done.stderr and "key sources.chats.files" in done.stderr
+    assert not (project / "runs").exists()
+
+
+@pytest.mark.parametrize("flow", ["pipeline", "prepare", "cpt", "sft", "evaluate", "report"])
+def test_a_deployments_run_refuses_too(
+    project: Path, outside: Path, flow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a worker starts it: the project is the working folder, the config a path below it."""
+    from flows import stages
+
+    shutil.copytree(ROOT / "configs", project / "configs")
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "6a4c1d9c-3c6e-4a4b-9a53-0d4f5ad0b8a1")
+    started = getattr(stages, flow)
+    assert started.validate_parameters({"config": "run.yaml", "hardware": "cpu"})
+    edit(project, f"files: {project}/chats.jsonl", f"files: {outside}/chats.jsonl")
+    with pytest.raises(UserError, match=r"key sources\.chats\.files"):
+        started.validate_parameters({"config": "run.yaml", "hardware": "cpu"})
+
+
+def test_a_deployments_config_is_no_link_out_of_the_project(
+    project: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.stages import prepare
+
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "6a4c1d9c-3c6e-4a4b-9a53-0d4f5ad0b8a1")
+    (project / "mine").symlink_to(outside)
+    with pytest.raises(UserError, match=f"leads to {outside}, outside"):
+        prepare.validate_parameters({"config": "mine/run.yaml"})
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "a/b", ".hidden"])
@@ -27,9 +198,7 @@ def test_a_sources_name_holds_no_path(project: Path) -> None:
         load_config(project / "run.yaml")
 
 
-def test_weights_lie_in_the_models_folder(project: Path, tiny_base: Path) -> None:
-    (project / "base").unlink()
-    shutil.copytree(tiny_base, project / "base")
+def test_weights_lie_in_the_models_folder(project: Path) -> None:
     index = {"metadata": {}, "weight_map": {"a": "model.safetensors", "b": "../other/model.safetensors"}}
     (project / "base/model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"outside its folder: ../other/model.safetensors"):
