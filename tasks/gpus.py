@@ -22,17 +22,24 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import UserError
-from tasks.holder import read_holder, still_stands
+from tasks.holder import open_locked, read_holder
 
 LIST = ["nvidia-smi", "-L"]
 TIMEOUT_SECONDS = 30
+LOCKS = Path("/run/lock")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 POLL_SECONDS = 0.2
 
 
 def lock_folder() -> Path:
-    """Where the locks lie: shared by all users of the machine, as its GPUs are."""
-    return Path(os.environ.get("STEEP_GPU_LOCKS") or Path(tempfile.gettempdir()) / "steep-gpus")
+    """Where the locks lie: shared by all users of the machine, as its GPUs are, and where no cleaner goes if it can be.
+
+    Every user must come to the same answer, so the mode of /run/lock decides, and not whether we may write there.
+    """
+    if named := os.environ.get("STEEP_GPU_LOCKS"):
+        return Path(named)
+    for_all = LOCKS.is_dir() and LOCKS.stat().st_mode & 0o1777 == 0o1777
+    return (LOCKS if for_all else Path(tempfile.gettempdir())) / "steep-gpus"
 
 
 @contextmanager
@@ -115,7 +122,8 @@ def listed() -> list[list[str]]:
 
 @contextmanager
 def _locked(gpu: str, holder: str, on_wait: Callable[[str], None], meanwhile: Callable[[], None]) -> Iterator[int]:
-    descriptor = _open_locked(gpu, on_wait, meanwhile)
+    path = lock_folder() / f"{re.sub(r'[^A-Za-z0-9-]', '_', gpu)}.lock"
+    descriptor = open_locked(path, _open, lambda opened: _wait_for(opened, gpu, on_wait, meanwhile))
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} ({holder}), since {time.strftime('%F %T')}".encode(), 0)
@@ -124,22 +132,13 @@ def _locked(gpu: str, holder: str, on_wait: Callable[[str], None], meanwhile: Ca
         os.close(descriptor)
 
 
-def _open_locked(gpu: str, on_wait: Callable[[str], None], meanwhile: Callable[[], None]) -> int:
-    path = lock_folder() / f"{re.sub(r'[^A-Za-z0-9-]', '_', gpu)}.lock"
-    while True:
-        descriptor = _open(path)
-        try:
-            if not _take(descriptor):
-                on_wait(f"waiting: GPU {gpu} is held by {read_holder(descriptor)}")
-                while not _take(descriptor):
-                    meanwhile()
-                    time.sleep(POLL_SECONDS)
-            if still_stands(descriptor, path):
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+def _wait_for(descriptor: int, gpu: str, on_wait: Callable[[str], None], meanwhile: Callable[[], None]) -> None:
+    if _take(descriptor):
+        return
+    on_wait(f"waiting: GPU {gpu} is held by {read_holder(descriptor)}")
+    while not _take(descriptor):
+        meanwhile()
+        time.sleep(POLL_SECONDS)
 
 
 def _take(descriptor: int) -> bool:

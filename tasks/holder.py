@@ -1,12 +1,35 @@
-"""What the locks of stages and GPUs share (tasks/stage.py, tasks/gpus.py): the words that a holder writes into the
-file, and whether the file still is the one that others lock."""
+"""What the locks of stages and GPUs share (tasks/stage.py, tasks/gpus.py): how one is taken, and the words that a
+holder writes into its file."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+
+def open_locked(path: Path, open_file: Callable[[Path], int], lock: Callable[[int], None]) -> int:
+    """A descriptor of the file at `path` with its lock held; `lock` waits for it, or raises.
+
+    A cleaner of old files may remove the file while we wait: then the next one to come makes another and locks that, so
+    we begin again with the one that stands now. What this cannot see is a removal under a living holder, who has no
+    reason to look again: the next one to come gets in beside it. A second lock to close that would need a second place,
+    on a file or folder that a cleaner finds as well, or a name of the kernel's (an abstract socket) that other machines
+    and containers do not share. So the files lie where no cleaner goes: those of stages in the runs folder, those of
+    GPUs in /run/lock where the machine has it.
+    """
+    while True:
+        descriptor = open_file(path)
+        try:
+            lock(descriptor)
+            if _still_stands(descriptor, path):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
 
 def read_holder(descriptor: int) -> str:
@@ -18,9 +41,7 @@ def read_holder(descriptor: int) -> str:
     return "another process"
 
 
-def still_stands(descriptor: int, path: Path) -> bool:
-    """Whether a file just locked is the one at its path: a cleaner of old files may have removed it after we opened it,
-    and then the next one to come makes another, and locks that."""
+def _still_stands(descriptor: int, path: Path) -> bool:
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import UserError
-from tasks.holder import read_holder, still_stands
+from tasks.holder import open_locked, read_holder
 from tasks.provenance import git_commit, installed_versions
 
 # Bumped when a worker's output changes for the same order; part of every key.
@@ -263,7 +263,8 @@ def stage_lock(directory: Path, on_wait: Callable[[str], None], wait: bool = Tru
     if inherited := os.environ.get(LOCK_FD_VARIABLE):  # our launcher holds it for us
         yield int(inherited)
         return
-    descriptor = _open_locked(directory, on_wait, wait)
+    path = directory.parent / ".locks" / f"{directory.name}.lock"
+    descriptor = open_locked(path, _open_lock, lambda opened: _acquire(opened, directory, on_wait, wait))
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()}, since {time.strftime('%F %T')}".encode(), 0)
@@ -272,19 +273,9 @@ def stage_lock(directory: Path, on_wait: Callable[[str], None], wait: bool = Tru
         os.close(descriptor)
 
 
-def _open_locked(directory: Path, on_wait: Callable[[str], None], wait: bool) -> int:
-    path = directory.parent / ".locks" / f"{directory.name}.lock"
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            _acquire(descriptor, directory, on_wait, wait)
-            if still_stands(descriptor, path):
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+def _open_lock(path: Path) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
 
 def _acquire(descriptor: int, directory: Path, on_wait: Callable[[str], None], wait: bool) -> None:

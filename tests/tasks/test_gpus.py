@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -103,6 +104,18 @@ def test_a_lock_that_a_cleaner_removed_lets_no_two_in(tmp_path: Path) -> None:
     for thread in (first, second):
         thread.join(10)
     assert got[1].is_set()
+
+
+def test_the_locks_lie_where_no_cleaner_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If all users of the machine may write there; else all of them go to the same other place."""
+    monkeypatch.delenv("STEEP_GPU_LOCKS")
+    monkeypatch.setattr(gpus, "LOCKS", tmp_path / "run-lock")
+    elsewhere = gpus.lock_folder()
+    assert elsewhere.name == "steep-gpus" and elsewhere.parent == Path(tempfile.gettempdir())
+    (tmp_path / "run-lock").mkdir(mode=0o755)
+    assert gpus.lock_folder() == elsewhere
+    (tmp_path / "run-lock").chmod(0o1777)
+    assert gpus.lock_folder() == tmp_path / "run-lock/steep-gpus"
 
 
 def test_waiting_can_be_given_up() -> None:
