@@ -20,7 +20,7 @@ from tasks.gpus import booked
 from tasks.launch import run_worker
 from tasks.oom import OutOfMemory, describe, next_rows, refusal, say_rows, with_rows
 from tasks.plan import Planned, output_digest, upstream, why_not_reused
-from tasks.stage import ARTIFACT, ORDER, Order, read_order, set_aside, stage_lock, write_order
+from tasks.stage import ARTIFACT, Order, read_order, read_sound_order, set_aside, stage_lock, write_order
 
 Say = Callable[[str], None]
 
@@ -111,11 +111,11 @@ def _order(planned: Planned, say: Say) -> Path:
 def _learned(planned: Planned) -> dict[str, Any]:
     """The smaller micro-batch that an earlier try on this tag came down to: a stage that is resumed starts with it."""
     now = planned.order.how
-    if now.get("on_oom") != "retry" or not (planned.directory / ORDER).is_file():
+    if now.get("on_oom") != "retry" or not (earlier := read_sound_order(planned.directory)):
         return {}
-    before = read_order(planned.directory).how
+    before = earlier.how
     rows = before.get("microbatch_rows", 0)
-    if before.get("tag") != now.get("tag") or not before.get("out_of_memory") or rows >= now["microbatch_rows"]:
+    if before.get("tag") != now.get("tag") or not before.get("out_of_memory") or not 0 < rows < now["microbatch_rows"]:
         return {}
     return with_rows(planned.choice, rows) | {"out_of_memory": before["out_of_memory"]}
 

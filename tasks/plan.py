@@ -32,8 +32,8 @@ from tasks.stage import (
     damage,
     read_artifact,
     read_json,
-    read_order,
     read_sound_artifact,
+    read_sound_order,
 )
 
 GROUPS = ("prepare", "cpt", "sft", "evaluate", "report")  # what --only, --until and --force name
@@ -129,9 +129,10 @@ def render(plan: dict[str, Planned]) -> str:
 
 def output_digest(directory: Path) -> str:
     """Digest of what the next stage computes from, as the artifact recorded it; empty while it is not finished."""
-    if not (artifact := read_sound_artifact(directory)):
+    artifact, order = read_sound_artifact(directory), read_sound_order(directory)
+    if not artifact or not order:
         return ""
-    primary = PRIMARY_OUTPUT[read_order(directory).kind]
+    primary = PRIMARY_OUTPUT[order.kind]
     said = {name: of["sha256"] for name, of in artifact["outputs"].items() if name.startswith(primary)}
     return hashlib.sha256(canonical_json(said).encode()).hexdigest()
 
@@ -255,6 +256,6 @@ def _newest_order(order: Order, runs: Path) -> dict[str, Any] | None:
     """The newest finished order of the same stage and run; without one, of the same stage."""
     found = []
     for path in runs.glob(f"{order.stage}-*/{ORDER}"):
-        if (raw := read_json(path)) and path.with_name(ARTIFACT).is_file():
+        if read_sound_order(path.parent) and (raw := read_json(path)) and path.with_name(ARTIFACT).is_file():
             found.append((raw["run"] == order.run, path.with_name(ARTIFACT).stat().st_mtime_ns, raw))
     return max(found, key=lambda item: item[:2])[2] if found else None

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,11 @@ class Order:
     @property
     def key(self) -> str:
         """Hash of everything that defines the output."""
-        identity = {"kind": self.kind, "version": VERSIONS[self.kind], "what": self.what}
+        return self.key_of(VERSIONS[self.kind])
+
+    def key_of(self, version: int) -> str:
+        """The key that it had with a version of its worker."""
+        identity = {"kind": self.kind, "version": version, "what": self.what}
         return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:KEY_HEX_DIGITS]
 
     def directory(self, runs: Path) -> Path:
@@ -88,20 +92,37 @@ def write_text(path: Path, text: str) -> None:
 def write_order(order: Order, runs: Path) -> Path:
     """Make the stage's directory with its order; an order that stands keeps its inputs and gets the new `how`."""
     directory = order.directory(runs)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / ORDER, {**asdict(order), "key": order.key, "version": VERSIONS[order.kind]})
+    put_order(order, directory)
     return directory
 
 
+def put_order(order: Order, directory: Path) -> None:
+    """Write the order into a directory, which is made if need be."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / ORDER, {**asdict(order), "key": order.key, "version": VERSIONS[order.kind]})
+
+
 def read_order(directory: Path) -> Order:
-    """The order of a stage's directory."""
+    """The order of a stage's directory. Raises `UserError` where there is none, or a damaged one."""
+    if not (directory / ORDER).exists():
+        raise UserError(f"{directory} is no stage's directory: it holds no {ORDER}")
+    if order := read_sound_order(directory):
+        return order
+    raise UserError(f"{directory / ORDER} is unreadable, or not what its key says",
+                    todo=f"move {directory} aside and run again")  # fmt: skip
+
+
+def read_sound_order(directory: Path) -> Order | None:
+    """The order; None when it is gone, or is not the one that was written: its key tells."""
+    raw = read_json(directory / ORDER)
     try:
-        raw = json.loads((directory / ORDER).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{directory} is no stage's directory: it holds no {ORDER}") from None
-    except ValueError:
-        raise UserError(f"{directory / ORDER} is unreadable", todo=f"move {directory} aside and run again") from None
-    return Order(**{name: raw[name] for name in ("stage", "kind", "run", "what", "how", "inputs")})
+        order = Order(**{one.name: raw[one.name] for one in fields(Order)})
+        sound = order.kind in VERSIONS and raw["key"] == order.key_of(raw["version"])
+        sound = sound and all(isinstance(value, dict) for value in (order.what, order.how, order.inputs))
+        sound = sound and all(isinstance(text, str) for text in (order.stage, order.run, *order.inputs.values()))
+    except (LookupError, TypeError):
+        return None
+    return order if sound else None
 
 
 def leave_error(directory: Path, error: UserError) -> None:
@@ -181,24 +202,31 @@ def read_sound_artifact(directory: Path) -> dict[str, Any] | None:
 
 
 def damage(directory: Path) -> str:
-    """Empty when every output is as its artifact says; else the first file that is not.
+    """Empty when its order can be read and every output is as its artifact says; else the first file that is not.
 
     A file whose size and time of change are as recorded is taken as unchanged; any other is digested again.
     """
     if not (artifact := read_sound_artifact(directory)):
         return f"{ARTIFACT} is unreadable"
+    if not read_sound_order(directory):
+        return f"{ORDER} is unreadable, or not what its key says"
     for name, said in artifact["outputs"].items():
-        file = directory / name
         try:
-            if not file.is_file():
-                return f"{name} is missing"
-            stat = file.stat()
-            if stat.st_size != said["bytes"]:
-                return f"{name} holds {stat.st_size} bytes, not {said['bytes']}"
-            if stat.st_mtime_ns != said["mtime_ns"] and file_sha256(file) != said["sha256"]:
-                return f"{name} has changed since it was written"
+            if found := _difference(directory / name, said):
+                return f"{name} {found}"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
+    return ""
+
+
+def _difference(file: Path, said: dict[str, Any]) -> str:
+    if not file.is_file():
+        return "is missing"
+    stat = file.stat()
+    if stat.st_size != said["bytes"]:
+        return f"holds {stat.st_size} bytes, not {said['bytes']}"
+    if stat.st_mtime_ns != said["mtime_ns"] and file_sha256(file) != said["sha256"]:
+        return "has changed since it was written"
     return ""
 
 

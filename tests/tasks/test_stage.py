@@ -147,8 +147,7 @@ def test_a_rotten_record_is_told_without_a_traceback(tmp_path: Path, file: str) 
         assert not is_done(directory)
         assert why_not_reused(directory) == ["artifact.json is unreadable"] and output_digest(directory) == ""
     else:
-        with pytest.raises(UserError, match=r"order.json is unreadable"):
-            read_order(directory)
+        assert_order_is_damaged(directory)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +160,34 @@ def test_a_bit_that_flipped_in_an_artifact_is_a_reason_to_run_again(tmp_path: Pa
     (directory / "artifact.json").write_text(text.replace(*change))
     assert text != text.replace(*change)
     assert why_not_reused(directory) == ["artifact.json is unreadable"] and output_digest(directory) == ""
+
+
+def assert_order_is_damaged(directory: Path) -> None:
+    """A reason to run again for the plan, one message for a worker."""
+    assert why_not_reused(directory) == ["order.json is unreadable, or not what its key says"]
+    assert not is_done(directory) and output_digest(directory) == ""
+    with pytest.raises(UserError, match=r"order.json is unreadable"):
+        read_order(directory)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [('"stage"', '"stagg"'), ('"kind"', '"kine"'), ('"kind": "train"', '"kind": "traij"'), ('"run"', '"rwn"'),
+     ('"what"', '"whau"'), ('"how"', '"hov"'), ('"inputs"', '"inputr"'), ('"key"', '"kez"'), ('"version"', '"verqion"'),
+     ('"learning_rate"', '"learninf_rate"'), ("1e-05", "3e-05"), ('"rows": "x"', '"rows": 8')],
+)  # fmt: skip
+def test_a_bit_that_flipped_in_an_order_is_a_reason_to_run_again(tmp_path: Path, change: tuple[str, str]) -> None:
+    directory = finished(tmp_path)
+    text = (directory / "order.json").read_text()
+    assert text.count(change[0]) == 1 and is_done(directory)
+    (directory / "order.json").write_text(text.replace(*change))
+    assert_order_is_damaged(directory)
+
+
+def test_an_order_of_an_earlier_version_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = finished(tmp_path)
+    monkeypatch.setitem(stage.VERSIONS, "train", 2)
+    assert damage(directory) == "" and read_order(directory) == ORDER
 
 
 def test_an_output_that_cannot_be_read_is_a_reason_to_run_again(

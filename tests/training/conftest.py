@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tasks.stage import Order, finish, read_order, write_order
+from tasks.stage import Order, finish, put_order, read_order, write_order
 from tasks.training.metrics import METRICS
 
 VOCAB_SIZE, SEQ_LEN = 128, 64
@@ -125,9 +124,8 @@ def make_prepared(
     end_of_turn: str | None = None,
 ) -> Path:
     """What the preparation worker leaves behind, as far as training reads it."""
-    order = Order("prepare_cpt", "prepare", "test", {}, {}, {})
     (path / "tokenizer").mkdir(parents=True)
-    (path / "order.json").write_text(json.dumps(order.__dict__))
+    put_order(Order("prepare_cpt", "prepare", "test", {}, {}, {}), path)
     write_rows(path / "rows.arrow", rows)
     tokenizer = tokenizer or make_tokenizer()
     tokenizer.save_pretrained(path / "tokenizer")

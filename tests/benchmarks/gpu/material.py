@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
-from tasks.stage import Order, finish
+from tasks.stage import Order, finish, put_order
 
 BASE = Path("data/regulator/base")
 TEXTS = {name: Path(f"data/regulator/{name}.jsonl") for name in ("general", "regulations")}
@@ -74,9 +74,7 @@ def make_prepared(
         ids = [int(token) for token in np.take(stream, np.arange(at, at + seq_len), mode="wrap")]
         at += seq_len
         rows.append({"input_ids": ids, "labels": ids, "seq_lengths": lengths, "seq_sources": [0] * len(lengths)})
-    folder.mkdir(parents=True)
-    order = Order("prepare_cpt", "prepare", "benchmark", {}, {}, {})
-    (folder / "order.json").write_text(json.dumps(order.__dict__))
+    put_order(Order("prepare_cpt", "prepare", "benchmark", {}, {}, {}), folder)
     kinds = {"input_ids": pa.int32(), "labels": pa.int32(), "seq_lengths": pa.int32(), "seq_sources": pa.int16()}
     schema = pa.schema([(name, pa.list_(kind)) for name, kind in kinds.items()])
     with pa.OSFile(str(folder / "rows.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
