@@ -1,7 +1,7 @@
 """What a run measured, step by step: `metrics.jsonl` (one line a step), and the curves of a tracker. By rank 0.
 
 A resumed run takes back the lines behind its checkpoint, so that every step stands there once. A tracker is a courtesy:
-when its server is away, a training that has run for days goes on.
+when its server is away, at the start or later, the training goes on. Only a package that is missing is refused.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tasks.errors import UserError
 from tasks.progress import say
 from tasks.stage import write_text
-from tasks.training.trackers import open_tracker
+from tasks.training.trackers import Tracker, open_tracker
 
 METRICS = "metrics.jsonl"
 SECONDS_WITHOUT_TRACKER = 300.0  # after a failure; each try may wait for a server's time-out, and a step waits with it
@@ -28,45 +30,50 @@ class MetricsLog:
         kept = [line for line in read_metrics(directory) if line["step"] <= first_step]
         write_text(directory / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = (directory / METRICS).open("a", encoding="utf-8")
-        self.board = open_tracker(report_to, directory, first_step)
         self.report_to, self.told, self.try_again_at = report_to, False, 0.0
+        self.open = partial(open_tracker, report_to, directory, first_step)
+        self.board: Tracker | None = None
+        self._politely(lambda board: None)
 
     def write(self, line: dict[str, Any]) -> None:
         """One step. The line survives a kill of this process at once; events when `flush` was called."""
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        self._politely(lambda: self._draw(line))
+        self._politely(lambda board: self._draw(board, line))
 
     def flush(self) -> None:
         """Called before a checkpoint is published: what stands behind it is never lost, not in a power cut either."""
         os.fsync(self.file.fileno())
-        self._politely(self.board.flush)
+        self._politely(lambda board: board.flush())
 
     def close(self, **totals: float) -> None:
         """Write the figures of the whole stage and end."""
         last = read_metrics(Path(self.file.name).parent)[-1]["step"]
         self.try_again_at = 0.0  # for the last time
-        self._politely(lambda: self._end(last, totals))
+        self._politely(lambda board: self._end(board, last, totals))
         self.file.close()
 
-    def _draw(self, line: dict[str, Any]) -> None:
+    def _draw(self, board: Tracker, line: dict[str, Any]) -> None:
         for name in ("loss", "lr", "grad_norm", "tokens_per_second"):
             if line[name] is not None:  # of a step that was skipped
-                self.board.add_scalar(name, line[name], line["step"])
+                board.add_scalar(name, line[name], line["step"])
         for source, loss in line["loss_by_source"].items():
-            self.board.add_scalar(f"loss_by_source/{source}", loss, line["step"])
+            board.add_scalar(f"loss_by_source/{source}", loss, line["step"])
 
-    def _end(self, last: int, totals: dict[str, float]) -> None:
+    def _end(self, board: Tracker, last: int, totals: dict[str, float]) -> None:
         for name, value in totals.items():
-            self.board.add_scalar(name, value, last)
-        self.board.close()
+            board.add_scalar(name, value, last)
+        board.close()
 
-    def _politely(self, deed: Callable[[], None]) -> None:
-        """Do it if the tracker takes it; one warning if not, and no further try for a while."""
+    def _politely(self, deed: Callable[[Tracker], None]) -> None:
+        """Do it if the tracker opens and takes it; one warning if not, and no further try for a while."""
         if time.monotonic() < self.try_again_at:
             return
         try:
-            deed()
+            self.board = self.board or self.open()
+            deed(self.board)
+        except UserError:  # its package is not installed: that does not mend itself
+            raise
         except Exception as error:
             self.try_again_at = time.monotonic() + SECONDS_WITHOUT_TRACKER
             if not self.told:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tasks.errors import UserError
 from tasks.training import metrics
 from tasks.training.metrics import METRICS, MetricsLog, read_metrics, steps_logged
+from tasks.training.trackers import TENSORBOARD
 
 
 def line(step: int) -> dict[str, Any]:
@@ -59,3 +63,41 @@ def test_a_tracker_that_fails_is_told_once_and_asked_again_later(
     assert asked == ["add_scalar"] * 3  # the last one at the end
     assert capsys.readouterr().out.count("mlflow does not take") == 1
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_a_tracker_that_cannot_be_opened_is_told_and_opened_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / TENSORBOARD).write_text("a file where its folder has to be")
+    log = MetricsLog(tmp_path, 0)
+    said = capsys.readouterr().out
+    assert "warning: tensorboard does not take the curves" in said and str(tmp_path / METRICS) in said
+    log.write(line(1))
+    log.flush()
+    (tmp_path / TENSORBOARD).unlink()
+    log.try_again_at = 0.0
+    log.write(line(2))
+    log.close(weights_moved_share=0.5)
+    assert capsys.readouterr().out == "", "told once"
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    events = EventAccumulator(str(tmp_path / TENSORBOARD))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2]
+
+
+def test_a_training_goes_on_without_its_tracker(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / TENSORBOARD).write_text("a file where its folder has to be")
+    log = MetricsLog(tmp_path, 0)
+    for step in (1, 2):
+        log.write(line(step))
+    log.close(weights_moved_share=0.5)
+    assert capsys.readouterr().out.count("does not take the curves") == 1
+    assert steps_logged(tmp_path) == 2
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
+def test_a_tracker_whose_package_is_missing_is_still_refused(tmp_path: Path, name: str) -> None:
+    if importlib.util.find_spec(name):
+        pytest.skip(f"{name} is installed here")
+    with pytest.raises(UserError, match=f"pip install {name}"):
+        MetricsLog(tmp_path, 0, name)
