@@ -24,7 +24,7 @@ from types import FrameType
 from flows import postgres
 from flows.files import LOOPBACK
 from flows.pools import POOL_LIMITS, pools, pools_of_this_machine
-from flows.services import POLL_SECONDS, Service, revive, seconds_to_stop, stop_all
+from flows.services import POLL_SECONDS, Service, first_start, revive, seconds_to_stop, stop_all
 from tasks.errors import EXIT_USER_ERROR, UserError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -73,13 +73,21 @@ def _start(options: argparse.Namespace, services: list[Service]) -> None:
     _start_files(options, logs, services)
 
     os.environ |= {"PREFECT_API_URL": f"{url}/api", "STEEP_FILES_URL": files_url}
-    if subprocess.run(_deploy_command(workers_are_ours), check=False).returncode:  # it has said why
+    with first_start("the registration of the deployments"):
+        registered = subprocess.run(_deploy_command(workers_are_ours), check=False)
+    if registered.returncode:  # it has said why
         raise UserError("the deployments could not be registered", where="prefect.yaml")
     started = options.pools or pools_of_this_machine()
     for pool in started:
-        services.append(_worker(pool, logs))
-        services[-1].start()
+        _begin(_worker(pool, logs), services)
     _say(_page(url, files_url, database, started, logs))
+
+
+def _begin(service: Service, services: list[Service]) -> None:
+    """Start a service for the first time, among those that are kept alive and stopped at the end."""
+    services.append(service)
+    with first_start(service.name):
+        service.start()
 
 
 def _start_database(wanted: str | None, home: Path, services: list[Service]) -> str:
@@ -93,11 +101,12 @@ def _start_database(wanted: str | None, home: Path, services: list[Service]) -> 
     if binaries is None:
         raise UserError("PostgreSQL is not installed here: neither initdb on the path nor /usr/lib/postgresql",
                         todo="apt-get install postgresql, or: make serve DATABASE=sqlite")  # fmt: skip
-    cluster = postgres.prepare_cluster(home, binaries)
+    with first_start("PostgreSQL"):
+        cluster = postgres.prepare_cluster(home, binaries)
     service = Service("PostgreSQL", cluster.command(), home / "logs" / "postgres.log")
-    services.append(service)
-    service.start()
-    service.wait_until(cluster.ready, SECONDS_TO_START)
+    _begin(service, services)
+    with first_start("pg_isready"):
+        service.wait_until(cluster.ready, SECONDS_TO_START)
     os.environ[DATABASE] = cluster.url
     return f"PostgreSQL in {cluster.data}"
 
@@ -113,17 +122,15 @@ def _start_server(options: argparse.Namespace, url: str, logs: Path, services: l
         ours = [url, *(f"http://{name}:{options.port}" for name in LOOPBACK)]
         environment[ORIGINS[0]] = ",".join(dict.fromkeys(ours))
     server = Service("the server", command, logs / "server.log", environment)
-    services.append(server)
     _say("starting the server; the first time it makes its tables, which takes up to a minute")
-    server.start()
+    _begin(server, services)
     server.wait_until(lambda: _answers(f"{url}/api/health"), SECONDS_TO_START)
 
 
 def _start_files(options: argparse.Namespace, logs: Path, services: list[Service]) -> None:
     """Reports and models of `runs/` for the links in Prefect's UI, which cannot open files."""
     command = [sys.executable, "-m", "flows.files", "--host", options.host, "--port", str(options.port + 1)]
-    services.append(Service("the file server", command, logs / "files.log"))
-    services[-1].start()
+    _begin(Service("the file server", command, logs / "files.log"), services)
 
 
 def _deploy_command(workers_are_ours: bool) -> list[str]:

@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,6 +80,16 @@ class Service:
         if self.process is not None and self.runs:
             self.process.terminate()
             self.process.wait()
+
+
+@contextmanager
+def first_start(name: str) -> Iterator[None]:
+    """What the system refuses when something is first started, as a `UserError`: there is nothing to keep alive yet."""
+    try:
+        yield
+    except OSError as error:  # not installed, not executable, a log that cannot be written, no memory for a process
+        raise UserError(f"{name} cannot be started: {error.strerror or error}", where=str(error.filename or ""),
+                        todo="install it, or make it ours to run or write; `make serve` again") from None  # fmt: skip
 
 
 def revive(services: list[Service], say: Callable[[str], None]) -> None:

@@ -7,7 +7,8 @@ worker's whole group, wait `--grace` seconds for it to save, and SIGKILL everyth
 grandchildren whose parent died: torchrun's ranks and the flow runs of a Prefect worker stand in sessions of their own,
 where no signal to a group reaches them.
 
-Exit code: the worker's; 128 + signal number when a signal ended it; 143 when we were told to stop and it said no more.
+Exit code: the worker's; 128 + signal number when a signal ended it; 143 when we were told to stop and it said no more;
+127 or 126 when the command is not there or cannot be run.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import time
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 POLL_SECONDS = 0.05
 SECONDS_AFTER_KILL = 10.0
+NOT_EXECUTABLE, NOT_FOUND = 126, 127
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None  # before a fork, which must load nothing
 
 
@@ -45,12 +47,16 @@ def main(argv: list[str]) -> int:
         return 143
 
     # The lock's descriptor stays open below us: a stage stays locked for as long as anything computes it.
-    worker = subprocess.Popen(
-        command,
-        start_new_session=True,
-        close_fds=False,
-        preexec_fn=lambda: _tie_to_guard(guard),  # noqa: PLW1509  # we have no threads
-    )
+    try:
+        worker = subprocess.Popen(
+            command,
+            start_new_session=True,
+            close_fds=False,
+            preexec_fn=lambda: _tie_to_guard(guard),  # noqa: PLW1509  # we have no threads
+        )
+    except OSError as error:  # as a shell says it
+        print(f"{command[0]} cannot be started: {error.strerror}", file=sys.stderr)
+        return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
     while not has_ended(worker, POLL_SECONDS) and not stop_requested:
         pass
     _end_all(worker, grace_seconds)  # also stragglers of a worker that ended by itself: they may be saving

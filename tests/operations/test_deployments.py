@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from prefect.utilities.callables import parameter_schema
 from flows import serve
 from flows.parameters import CONFIG_PATTERN, hardware_tags
 from flows.pools import POOL_LIMITS, pools
-from flows.services import LONG_LIFE_SECONDS, LONGEST_PAUSE_SECONDS, Service, revive, seconds_to_stop
+from flows.services import LONG_LIFE_SECONDS, LONGEST_PAUSE_SECONDS, Service, first_start, revive, seconds_to_stop
 from tasks.config import load_config, load_hardware
 from tasks.errors import UserError
 from tasks.hardware import AUTO
@@ -173,6 +174,49 @@ def test_a_service_that_fails_for_ever_is_tried_for_ever(tmp_path: Path) -> None
     revive([service], said.append)
     assert service.failures == 5001 and 50 < service.again_at - time.monotonic() <= LONGEST_PAUSE_SECONDS
     assert "could not be started" in said[1] and "in 60 s" in said[1]
+
+
+def serve_in_vain(home: Path, database: str, **environment: str) -> str:
+    """What `make serve` says when it ends at its start, which takes one message and no traceback."""
+    command = [sys.executable, "-m", "flows.serve", "--database", database, "--port", str(free_port())]
+    environment = os.environ | {"PREFECT_HOME": str(home)} | environment
+    environment.pop(serve.DATABASE, None)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    return done.stderr
+
+
+def test_a_log_that_cannot_be_written_is_one_message_at_the_start(tmp_path: Path) -> None:
+    """Later the others live on without the one; at the start nothing is there yet."""
+    (tmp_path / "logs").touch()  # a file where the folder of logs has to be
+    said = serve_in_vain(tmp_path, "sqlite")
+    assert "error: the server cannot be started: File exists" in said
+    assert f"where: {tmp_path}/logs" in said and "`make serve` again" in said
+
+
+def test_a_program_that_is_missing_is_one_message_at_the_start(tmp_path: Path) -> None:
+    """Root lacks setpriv on this path, anybody else what initdb runs on."""
+    for name in ("initdb", "postgres"):
+        (tmp_path / name).write_text("#!/no/such/program")
+        (tmp_path / name).chmod(0o755)
+    said = serve_in_vain(tmp_path / "home", "postgres", PATH=str(tmp_path))
+    assert "error: PostgreSQL cannot be started: No such file or directory" in said
+    assert "where: setpriv" in said or f"where: {tmp_path}/initdb" in said
+
+
+@pytest.mark.parametrize("what", ["missing", "no program"])
+def test_a_service_whose_program_does_not_run_says_so_in_a_line(tmp_path: Path, what: str) -> None:
+    program = tmp_path / "postgres"
+    if what == "no program":
+        program.write_text("data")
+    service = Service("PostgreSQL", [str(program)], tmp_path / "log")
+    with first_start(service.name):
+        service.start()
+    with pytest.raises(UserError) as caught:
+        service.wait_until(lambda: False, 60)
+    reason = "No such file or directory" if what == "missing" else "Permission denied"
+    assert f"{program} cannot be started: {reason}" in str(caught.value)
+    assert "Traceback" not in str(caught.value)
 
 
 def test_a_long_life_is_no_failure(tmp_path: Path) -> None:

@@ -40,3 +40,9 @@ def test_the_exit_code_of_a_worker_that_ends_while_others_are_reaped_is_kept() -
 def test_a_worker_whose_guard_is_dead_does_not_begin() -> None:
     done = run("from tasks import guard; guard._tie_to_guard(4194305); print('begins')")  # no process has that number
     assert (done.returncode, done.stdout) == (143, "")
+
+
+def test_a_command_that_is_not_there_is_one_line() -> None:
+    done = run("import sys; from tasks import guard; sys.exit(guard.main(['--grace', '1', '--', '/no/such/program']))")
+    assert done.returncode == 127
+    assert done.stderr == "/no/such/program cannot be started: No such file or directory\n"
