@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,8 +142,7 @@ def resolve_task_files(evaluate: Evaluate, config_path: Path, digests: Digests) 
     hold_found([*files, *links], config_path, locate(config_path, "evaluate", "include_path"))
     wanted = set(evaluate.tasks)
     for file in [f for f in files if f.suffix != ".py"]:
-        task = yaml.load(file.read_text(), Loader=_TaskYaml) or {}
-        hold_found(_paths_named(task, file), config_path, str(file))
+        task = _hold_task(file, config_path)
         if task.get("task") in wanted:
             files += _task_data(task, file)
             wanted.discard(task["task"])
@@ -160,15 +160,26 @@ class _TaskYaml(yaml.SafeLoader):
 _TaskYaml.add_constructor("!function", _construct_text)
 
 
-def _paths_named(task: dict[str, Any], file: Path) -> list[str | Path]:
-    """What a task's file includes and reads; a data set's id or an address, taken as a relative path, passes."""
+def _hold_task(file: Path, config_path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A task's file, read, once all that it and the files that it includes name is found to lie below the roots."""
+    task: dict[str, Any] = yaml.load(file.read_text(), Loader=_TaskYaml) or {}
+    included = task.get("include") or []
+    others = [file.parent / str(one) for one in (included if isinstance(included, list) else [included])]
+    hold_found([*_paths_read(task), *others], config_path, str(file))
+    for other in others:
+        if other.is_file() and other.resolve() not in above:  # lm-eval refuses a circle
+            _hold_task(other.resolve(), config_path, (*above, other.resolve()))
+    return task
+
+
+def _paths_read(task: dict[str, Any]) -> list[str]:
+    """Where a task's data may lie; a data set's id or the address of a host, taken as a relative path, passes."""
     texts, left = [], [task.get("dataset_path"), task.get("dataset_kwargs")]
     while left:
         value = left.pop()
         left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-        texts += [value] if isinstance(value, str) else []
-    included = task.get("include")
-    return [*texts, *(file.parent / one for one in (included if isinstance(included, list) else [included]) if one)]
+        texts += value.split("::") if isinstance(value, str) else []  # zip://NAME::PATH
+    return [os.path.expanduser(text.rpartition("://")[2]) for text in texts]  # noqa: PTH111  # file:///PATH, ~/PATH
 
 
 def _task_data(task: dict[str, Any], file: Path) -> list[Path]:

@@ -113,11 +113,37 @@ def test_a_glob_climbs_not_behind_its_wildcard(project: Path, outside: Path) -> 
     assert "sources.chats.files" in refusal(project)
 
 
-@pytest.mark.parametrize("line", ["include: {outside}/lm_eval/tiny_bpb.yaml", "dataset_path: {outside}"])
-def test_a_task_reads_nothing_outside(project: Path, outside: Path, line: str) -> None:
+READ = [
+    "include: {outside}/lm_eval/tiny_bpb.yaml",
+    "include: [tiny_bpb.yaml, {outside}/lm_eval/tiny_bpb.yaml]",
+    "include: ../more/tiny_bpb.yaml",  # which names data outside
+    "dataset_path: {outside}",
+    "dataset_path: ~/data",
+    "dataset_kwargs: {{data_dir: {outside}}}",
+    "dataset_kwargs: {{data_files: ['file://{outside}/heldout.jsonl']}}",
+    "dataset_kwargs: {{data_files: {{test: 'zip://a.jsonl::{outside}/a.zip'}}}}",
+]
+
+
+@pytest.mark.parametrize("line", READ)
+def test_a_task_reads_nothing_outside(project: Path, outside: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also a task that the run does not name: a group may."""
-    (project / "lm_eval/other.yaml").write_text(f"task: other\n{line}\n".format(outside=outside))
-    assert "lm_eval/other.yaml" in refusal(project)
+    monkeypatch.setenv("HOME", str(outside))
+    (project / "more").mkdir()
+    text = (project / "lm_eval/tiny_bpb.yaml").read_text()
+    (project / "more/tiny_bpb.yaml").write_text(text.replace(str(project), str(outside)))
+    (project / "lm_eval/other.yaml").write_text("task: other\n" + line.format(outside=outside) + "\n")
+    where = "more/tiny_bpb.yaml" if "more" in line else "lm_eval/other.yaml"
+    assert where in refusal(project).split("where: ")[1]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["dataset_path: owner/name", "dataset_kwargs: {data_files: 'https://a.org/b.jsonl'}", "description: in a circle"],
+)
+def test_the_hubs_data_is_no_path(project: Path, line: str) -> None:
+    (project / "lm_eval/other.yaml").write_text(f"task: other\ninclude: other.yaml\n{line}\n")
+    assert load_plan(str(project / "run.yaml"), None)
 
 
 @pytest.mark.parametrize("revision", ["../../../../secret", "/etc/hostname"])
