@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import launch
+from tasks import gpus, launch
 from tasks.errors import UserError
 from tasks.execute import compute
 from tasks.gpus import booked, gpus_of

@@ -116,7 +116,7 @@ class Runner:
         self.free += gpus
         path, log = self.work / f"{name}.json", self.out / f"{name}.log"
         if path.exists():
-            result = json.loads(path.read_text()) | self._of_the_model(case)
+            result = self._of_the_model(case) | json.loads(path.read_text())  # what it found counts, not what was asked
             result["mfu"] = round(result["tokens_per_second"] * result.pop("flops_per_token") / PEAK_FLOPS, 4)
             for path_of_this_machine in ("prepared", "save"):
                 result.pop(path_of_this_machine, None)

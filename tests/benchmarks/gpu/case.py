@@ -232,7 +232,7 @@ def main(case_path: Path, out_path: Path) -> None:
     run = {"steep": run_steep, "bare": run_bare}.get(case["tool"], run_peer)
     result = run(case, out_path.parent)
     if os.environ.get("RANK", "0") == "0":
-        out_path.write_text(json.dumps(case | result | {"wall_seconds": round(time.monotonic() - began, 1)}))
+        out_path.write_text(json.dumps(result | {"wall_seconds": round(time.monotonic() - began, 1)}))
 
 
 if __name__ == "__main__":
