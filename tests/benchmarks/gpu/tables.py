@@ -26,12 +26,13 @@ def speed(rows: list[Row]) -> str:
     ]
     for row in [row for row in rows if not row["name"].startswith("100m")]:  # too small to say anything about speed
         valid = row.get("valid", ["speed", "memory"])
-        fast = (f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.0%}") if "speed" in valid else ("", "")
+        is_timed = "speed" in valid or "pair" in valid
+        fast = (f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.0%}") if is_timed else ("", "")
         peak = f"{row['peak_gib']:.1f}" if "memory" in valid else ""
         precision = row.get("precision") or (
             "fp32-master" if row.get("dtype") == "float32" else "bf16"
         )  # peers say dtype
-        share = f"{row['optimizer_share']:.1%}" if row["tool"] != "bare" and "speed" in valid else ""
+        share = f"{row['optimizer_share']:.1%}" if row["tool"] != "bare" and is_timed else ""
         lines.append(
             f"| {row['name']} | {precision} | {row['microbatch_rows']} | {fast[0]} | {fast[1]} | {peak} | {share} |"
         )
