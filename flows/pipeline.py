@@ -25,6 +25,7 @@ from prefect.runtime import flow_run
 from flows.console import calm
 from flows.credentials import VARIABLE as SECRETS
 from flows.credentials import load_secrets
+from flows.heartbeat import wake_heartbeats
 from flows.parameters import DEFAULT_CONFIG, Config, HardwareOrDefault, Stage
 from flows.routing import hand_over
 from flows.tether import tie_temporary_server
@@ -43,6 +44,7 @@ from tasks.reporting import result_table_text
 from tasks.train import train
 
 calm()  # here, so that a run that a worker starts is calm too
+wake_heartbeats()
 
 
 def run_name() -> str:
@@ -95,8 +97,6 @@ def pipeline(
 
 # The parameters are plain text already; Prefect's own way imports fastapi for it, which takes 0.3 s.
 pipeline.serialize_parameters = dict  # type: ignore[method-assign, assignment]
-# At the end Prefect waits for the thread of its heartbeat, which looks up once a second; for async flows it does not.
-# flow_engine._send_heartbeats = partial(flow_engine._send_heartbeats, join_on_exit=False)
 
 
 def load_plan(config: str, hardware: str | None) -> dict[str, Planned]:
