@@ -21,6 +21,8 @@ from tasks.threads import choose_threads
 if TYPE_CHECKING:
     from tasks.training.precision import Precision
 
+COPIES_QUEUE = {"non_blocking": True}  # micro-batches go to the GPU behind what computes there; nobody waits for either
+
 
 def world_size() -> int:
     """Processes of this run; torchrun says it."""
@@ -103,6 +105,8 @@ def trainer_settings(how: dict[str, Any], precision: Precision) -> dict[str, Any
     """The trainer's settings for where it runs."""
     on_cpu = how["device"] == "cpu"
     settings: dict[str, Any] = {"use_cpu": on_cpu, "dataloader_pin_memory": not on_cpu}
+    if not on_cpu:
+        settings["accelerator_config"] = dict(COPIES_QUEUE)
     if sharded():
         settings["ddp_backend"] = "gloo" if on_cpu else "nccl"
         settings["fsdp"] = True
@@ -120,7 +124,7 @@ def trainer_settings(how: dict[str, Any], precision: Precision) -> dict[str, Any
         if not on_cpu:
             settings["bf16"] = False  # FSDP2 casts the shards itself, see before_trainer
             # Without it a whole model of gradients is kept on every GPU until the last micro-batch of a step.
-            settings["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+            settings["accelerator_config"]["gradient_accumulation_kwargs"] = {"sync_each_batch": True}
     return settings
 
 

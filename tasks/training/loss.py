@@ -61,8 +61,9 @@ class StepSums:
         if len(target_sources) == 0:
             return
         losses = losses.double()
-        for row, weights in enumerate((losses, None)):
-            self.sums[row] += torch.bincount(target_sources, weights, minlength=len(self.sources))
+        for row, values in enumerate((losses, torch.ones_like(losses))):
+            # Not bincount: on a GPU it asks for the highest source, and the backward pass would wait for the answer.
+            self.sums[row] += torch.zeros_like(self.sums[row]).index_add_(0, target_sources, values)
 
     def broken(self) -> list[int]:
         """The micro-batches of the step just reduced whose loss is not finite, in the order of their rows.

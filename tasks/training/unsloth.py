@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.errors import UserError
-from tasks.training.fsdp import full_tensors, rank, see_one_gpu, set_threads, world_size
+from tasks.training.fsdp import COPIES_QUEUE, full_tensors, rank, see_one_gpu, set_threads, world_size
 from tasks.trust import trusted
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ def load_model(folder: Path, precision: Precision, seq_len: int, how: dict[str, 
 def trainer_settings(how: dict[str, Any], precision: Precision) -> dict[str, Any]:
     """The trainer's settings for where it runs."""
     on = how.get("recompute") == "unsloth"
-    return {"gradient_checkpointing": on, "gradient_checkpointing_kwargs": {"use_reentrant": True} if on else None}
+    recompute = {"gradient_checkpointing": on, "gradient_checkpointing_kwargs": {"use_reentrant": True} if on else None}
+    return recompute | {"accelerator_config": dict(COPIES_QUEUE)}
 
 
 def before_trainer(args: Any, precision: Precision) -> None:
