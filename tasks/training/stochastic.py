@@ -39,13 +39,14 @@ class StochasticAdamW8bit(AdamW8bit):  # type: ignore[misc]
         assert closure is None, "no trainer of ours passes a closure"
         seed = int(torch.randint(2**31, ()))  # of a generator that checkpoints hold
         for group in self.param_groups:
-            with_gradient = [p for p in group["params"] if p.grad is not None]
-            for p in with_gradient:
+            rest = []
+            for number, p in enumerate(p for p in group["params"] if p.grad is not None):
                 self._advance(p)
-            for number, p in enumerate(with_gradient):
                 if self._in_one_pass(p):
                     self._step_in_one_pass(p, group, _seed_of(seed, number))
-            for key, parameters in _batches([p for p in with_gradient if not self._in_one_pass(p)]):
+                else:
+                    rest.append(p)
+            for key, parameters in _batches(rest):
                 self._function(key)(
                     [part_of(p.detach()) for p in parameters],
                     [part_of(p.grad) for p in parameters if p.grad is not None],
