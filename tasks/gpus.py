@@ -35,10 +35,12 @@ def lock_folder() -> Path:
     """Where the locks lie: shared by all users of the machine, as its GPUs are, and where no cleaner goes if it can be.
 
     Every user must come to the same answer, so the mode of /run/lock decides, and not whether we may write there.
+    Containers that share GPUs but not this folder need one that they share: STEEP_GPU_LOCKS.
     """
     if named := os.environ.get("STEEP_GPU_LOCKS"):
         return Path(named)
     for_all = LOCKS.is_dir() and LOCKS.stat().st_mode & 0o1777 == 0o1777
+    for_all = for_all and not os.statvfs(LOCKS).f_flag & os.ST_RDONLY  # as in containers without a disk of their own
     return (LOCKS if for_all else Path(tempfile.gettempdir())) / "steep-gpus"
 
 
