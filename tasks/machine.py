@@ -14,6 +14,7 @@ from typing import Any
 
 from tasks.cards import card_of
 from tasks.errors import UserError
+from tasks.gpus import listed
 from tasks.hardware import AUTO, HARDWARE_FILE, Hardware, load_hardware, tags
 from tasks.host import usable_bytes
 
@@ -29,17 +30,24 @@ class Gpu:
     """A GPU that processes started here can use."""
 
     name: str
-    memory_gib: float
+    memory_gib: float  # 0: not known
 
 
 def gpus() -> list[Gpu]:
-    """The GPUs of this machine, less those that CUDA_VISIBLE_DEVICES hides; empty without a driver."""
+    """The GPUs of this machine, less those that CUDA_VISIBLE_DEVICES hides; empty without a driver.
+
+    Of a card that is cut into slices (MIG) CUDA takes one, whose memory nvidia-smi does not tell here.
+    """
     try:
-        listed = subprocess.run(QUERY, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=True).stdout
+        said = subprocess.run(QUERY, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    rows = [[field.strip() for field in line.split(",")] for line in listed.splitlines() if line.count(",") >= 3]
-    return [Gpu(name, _gib(memory)) for index, uuid, name, memory, *_ in rows if _is_visible(index, uuid)]
+    rows = [[field.strip() for field in line.split(",")] for line in said.splitlines() if line.count(",") >= 3]
+    slices = {uuid: cut for uuid, *cut in listed()}
+    found = [(name, memory, uuid) for index, uuid, name, memory, *_ in rows if _is_visible(index, uuid, slices)]
+    return [
+        Gpu(f"slice of {name}", 0.0) if slices.get(uuid) else Gpu(name, _gib(memory)) for name, memory, uuid in found
+    ]
 
 
 def resolve_tag(tag: str) -> tuple[str, Hardware]:
@@ -71,7 +79,7 @@ def _missing_gpus(tag: str, hardware: Hardware, found: list[Gpu]) -> UserError |
             todo="take a tag with as many GPUs, or --hardware auto",
         )
     least = min(found, key=lambda gpu: gpu.memory_gib)
-    if hardware.memory_gib and least.memory_gib < hardware.memory_gib:
+    if hardware.memory_gib and 0 < least.memory_gib < hardware.memory_gib:
         return UserError(
             f"the tag '{tag}' says {hardware.memory_gib:g} GiB a GPU, the {least.name} here has {least.memory_gib:.1f}",
             where=where,
@@ -158,12 +166,14 @@ def _gib(mebibytes: str) -> float:
         return 0.0
 
 
-def _is_visible(index: str, uuid: str) -> bool:
+def _is_visible(index: str, uuid: str, slices: dict[str, list[str]]) -> bool:
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shown is None:
         return True
     names = [name.strip() for name in shown.split(",") if name.strip()]
-    return index in names or any(uuid.startswith(name) for name in names if name.startswith("GPU-"))
+    own = [uuid, *slices.get(uuid, [])]
+    by_uuid = any(one.startswith(name) for one in own for name in names if name.startswith(("GPU-", "MIG-")))
+    return index in names or by_uuid or any(name.startswith(f"MIG-{uuid}/") for name in names)  # an older driver's
 
 
 def _count(number: int) -> str:

@@ -39,11 +39,11 @@ class StochasticAdamW8bit(AdamW8bit):  # type: ignore[misc]
         assert closure is None, "no trainer of ours passes a closure"
         seed = int(torch.randint(2**31, ()))  # of a generator that checkpoints hold
         for group in self.param_groups:
-            rest = []
+            rest, lr = [], float(group["lr"])  # once: accelerate moves it to the GPU, and each look would wait for it
             for number, p in enumerate(p for p in group["params"] if p.grad is not None):
                 self._advance(p)
                 if self._in_one_pass(p):
-                    self._step_in_one_pass(p, group, _seed_of(seed, number))
+                    self._step_in_one_pass(p, group, lr, _seed_of(seed, number))
                 else:
                     rest.append(p)
             for key, parameters in _batches(rest):
@@ -65,15 +65,14 @@ class StochasticAdamW8bit(AdamW8bit):  # type: ignore[misc]
         part, eight_bits = part_of(p.detach()), hasattr(part_of(self.state[p]["exp_avg"]), "codes")
         return part.is_cuda and part.dtype is torch.bfloat16 and part.is_contiguous() and eight_bits
 
-    def _step_in_one_pass(self, p: Tensor, group: dict[str, Any], seed: int) -> None:
+    def _step_in_one_pass(self, p: Tensor, group: dict[str, Any], lr: float, seed: int) -> None:
         from tasks.training.stochastic_kernel import step_in_one_pass  # Triton comes with torch for GPUs only
 
         assert p.grad is not None
         state = {name: part_of(value) for name, value in self.state[p].items()}
         step_in_one_pass(
             part_of(p.detach()), part_of(p.grad), state["exp_avg"], state["exp_avg_sq"], step=float(state["step"]),
-            lr=float(group["lr"]), betas=group["betas"], weight_decay=group["weight_decay"], eps=group["eps"],
-            seed=seed,
+            lr=lr, betas=group["betas"], weight_decay=group["weight_decay"], eps=group["eps"], seed=seed,
         )  # fmt: skip
 
     def _function(self, key: Key) -> Callable[..., None]:

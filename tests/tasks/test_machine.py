@@ -162,6 +162,30 @@ def test_a_gpu_that_does_not_say_its_memory_is_told(plug: Plug, monkeypatch: pyt
         resolve_tag("auto")
 
 
+def test_what_a_row_says_counts_where_the_gpu_does_not_say_its_memory(
+    plug: Plug, monkeypatch: pytest.MonkeyPatch, extra: Callable[[str], None]
+) -> None:
+    extra("unsloth")
+    monkeypatch.setitem(MIB, "NVIDIA GB10", "[N/A]")  # type: ignore[arg-type]
+    plug("NVIDIA GB10")
+    assert gpus() == [Gpu("NVIDIA GB10", 0.0)]
+    assert not missing("1xh200")
+
+
+@pytest.mark.parametrize("visible", [None, "0", "GPU-0000-aa", "MIG-1111", "MIG-GPU-0000-aa/1/0", "MIG-2222"])
+def test_a_slice_of_a_card_is_not_taken_for_the_card(
+    tmp_path: Path, plug: Plug, monkeypatch: pytest.MonkeyPatch, visible: str | None
+) -> None:
+    plug("NVIDIA H200")
+    smi = tmp_path / "bin" / "nvidia-smi"
+    plain = smi.read_text().removeprefix("#!/bin/sh\n")
+    cut = "GPU 0: NVIDIA H200 (UUID: GPU-0000-aa)\n  MIG 3g.71gb     Device  0: (UUID: MIG-1111-bb)\n"
+    smi.write_text(f"#!/bin/sh\nif [ $1 = -L ]; then cat <<'END'\n{cut}END\nelse {plain}fi\n")
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpus() == ([] if visible == "MIG-2222" else [Gpu("slice of NVIDIA H200", 0.0)])
+
+
 def test_a_run_is_refused_before_anything_starts(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
