@@ -22,7 +22,7 @@ from tasks.errors import UserError
 from tasks.hardware import place
 from tasks.model_shape import ModelShape, shape_if_known
 from tasks.reasons import differences
-from tasks.resolve import BaseModelFiles, Digests, resolve_base_model, resolve_sources, resolve_task_files
+from tasks.resolve import BaseModelFiles, Digests, resolve_base_model, resolve_sources
 from tasks.stage import (
     ARTIFACT,
     ORDER,
@@ -35,6 +35,7 @@ from tasks.stage import (
     read_sound_artifact,
     read_sound_order,
 )
+from tasks.task_files import resolve_task_files
 
 GROUPS = ("prepare", "cpt", "sft", "evaluate", "report")  # what --only, --until and --force name
 # What of a stage the next one computes from; logs, metrics and timings may differ between equal runs.

@@ -1,24 +1,22 @@
 """What a config refers to, looked up: globs become files with digests, hub ids commits, a folder its digests.
 
 A model is identified by the content of its files, wherever they lie. Digests of files are cached in
-`runs/.digests.json` by path, size and time of change, so that a corpus is read for its digest once.
+`runs/.digests.json` by path, size and time of change, so that a corpus is read for its digest once. The run's lm-eval
+tasks: `tasks/task_files.py`.
 """
 
 from __future__ import annotations
 
 import glob
 import json
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import yaml
-
 from tasks import hub
-from tasks.config import Evaluate, Run, locate, nearest
+from tasks.config import Run, locate, nearest
 from tasks.errors import UserError
 from tasks.roots import hold_found
 from tasks.stage import file_sha256, write_text
@@ -125,72 +123,6 @@ def resolve_sources(run: Run, config_path: Path, names: list[str], digests: Dige
             files = [{"path": str(file), "bytes": file.stat().st_size, "sha256": digests.of(file)} for file in found]
             resolved[name] = {"spec": spec, "files": files}
     return resolved
-
-
-def resolve_task_files(evaluate: Evaluate, config_path: Path, digests: Digests) -> tuple[list[dict[str, str]], bool]:
-    """Every file that the run's own lm-eval tasks consist of (YAML, Python beside it, their data), with digests.
-
-    Also whether the config names tasks that are none of them: those are lm-eval's own, and their data is the hub's.
-    """
-    folder = Path(evaluate.include_path)
-    if not folder.is_dir():
-        where = locate(config_path, "evaluate", "include_path")
-        raise UserError(f"no such folder: {folder}", where=where, allowed="a folder of lm-eval task YAMLs")
-    below = sorted(folder.rglob("*"))
-    files = [file for file in below if file.suffix in (".yaml", ".yml", ".py")]
-    links = [path for path in below if path.is_symlink()]
-    hold_found([*files, *links], config_path, locate(config_path, "evaluate", "include_path"))
-    wanted = set(evaluate.tasks)
-    for file in [f for f in files if f.suffix != ".py"]:
-        task = _hold_task(file, config_path)
-        if task.get("task") in wanted:
-            files += _task_data(task, file)
-            wanted.discard(task["task"])
-    return [{"path": str(file), "sha256": digests.of(file)} for file in dict.fromkeys(files)], bool(wanted)
-
-
-def _construct_text(_loader: yaml.SafeLoader, node: yaml.Node) -> str:
-    return str(node.value)
-
-
-class _TaskYaml(yaml.SafeLoader):
-    """lm-eval's YAML: `!function module.name` is taken as text here."""
-
-
-_TaskYaml.add_constructor("!function", _construct_text)
-
-
-def _hold_task(file: Path, config_path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A task's file, read, once all that it and the files that it includes name is found to lie below the roots."""
-    task: dict[str, Any] = yaml.load(file.read_text(), Loader=_TaskYaml) or {}
-    included = task.get("include") or []
-    others = [file.parent / str(one) for one in (included if isinstance(included, list) else [included])]
-    hold_found([*_paths_read(task), *others], config_path, str(file))
-    for other in others:
-        if other.is_file() and other.resolve() not in above:  # lm-eval refuses a circle
-            _hold_task(other.resolve(), config_path, (*above, other.resolve()))
-    return task
-
-
-def _paths_read(task: dict[str, Any]) -> list[str]:
-    """Where a task's data may lie; a data set's id or the address of a host, taken as a relative path, passes."""
-    texts, left = [], [task.get("dataset_path"), task.get("dataset_kwargs")]
-    while left:
-        value = left.pop()
-        left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-        texts += value.split("::") if isinstance(value, str) else []  # zip://NAME::PATH
-    return [os.path.expanduser(text.rpartition("://")[2]) for text in texts]  # noqa: PTH111  # file:///PATH, ~/PATH
-
-
-def _task_data(task: dict[str, Any], file: Path) -> list[Path]:
-    named = (task.get("dataset_kwargs") or {}).get("data_files") or {}
-    values = named.values() if isinstance(named, dict) else [named]
-    paths = [Path(path) for value in values for path in ([value] if isinstance(value, str) else value)]
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"no such file: {path}", where=f"{file}, key dataset_kwargs.data_files",
-                            allowed="paths relative to the project's root")  # fmt: skip
-    return paths
 
 
 def _expand(globs: list[str], where: str, name: str) -> list[Path]:

@@ -121,7 +121,14 @@ READ = [
     "dataset_path: ~/data",
     "dataset_kwargs: {{data_dir: {outside}}}",
     "dataset_kwargs: {{data_files: ['file://{outside}/heldout.jsonl']}}",
+    "dataset_kwargs: {{data_files: 'file:{outside}/heldout.jsonl'}}",
+    "dataset_kwargs: {{data_files: ['local:{outside}/heldout.jsonl']}}",
+    "dataset_path: 'local://{outside}'",
     "dataset_kwargs: {{data_files: {{test: 'zip://a.jsonl::{outside}/a.zip'}}}}",
+    "use_prompt: '{outside}/prompts.yaml:*'",
+    "group: inline\ntask: [{{task: a, dataset_path: json, dataset_kwargs: {{data_files: {outside}/heldout.jsonl}}}}]",
+    "group: inline\ntask: [tiny_bpb, {{group: b, task: [{{task: a, dataset_path: {outside}}}]}}]",
+    "include: ../more/base.inc",
 ]
 
 
@@ -132,8 +139,11 @@ def test_a_task_reads_nothing_outside(project: Path, outside: Path, line: str, m
     (project / "more").mkdir()
     text = (project / "lm_eval/tiny_bpb.yaml").read_text()
     (project / "more/tiny_bpb.yaml").write_text(text.replace(str(project), str(outside)))
-    (project / "lm_eval/other.yaml").write_text("task: other\n" + line.format(outside=outside) + "\n")
-    where = "more/tiny_bpb.yaml" if "more" in line else "lm_eval/other.yaml"
+    inline = f"group: inline\ntask: [{{task: a, dataset_kwargs: {{data_files: {outside}/heldout.jsonl}}}}]\n"
+    (project / "more/base.inc").write_text(inline)
+    name = "" if line.startswith("group") else "task: other\n"
+    (project / "lm_eval/other.yaml").write_text(name + line.format(outside=outside) + "\n")
+    where = line.split("/", 1)[1] if "more" in line else "lm_eval/other.yaml"
     assert where in refusal(project).split("where: ")[1]
 
 
