@@ -83,16 +83,18 @@ def resolve_base_model(run: Run, config_path: Path, digests: Digests) -> BaseMod
     else:
         folder = Path(run.model.path)
         _check_folder(folder, where)
-        hold_found([*folder.glob("*"), *folder.rglob("*.py")], config_path, where)
+        hold_found(folder.rglob("*"), config_path, where)
         weights = sorted(folder.glob("*.safetensors"))
         tokenizer = {name: digests.of(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
         configs = {name: digests.of(folder / name) for name in CONFIG_FILES if (folder / name).is_file()}
+        tokenizer |= {name: digests.of(folder / name) for name in _further_files(folder)}
         identity = {**configs, **{file.name: digests.of(file) for file in weights}, **tokenizer}
         if run.model.trust_remote_code:
             code = {str(file.relative_to(folder)): digests.of(file) for file in sorted(folder.rglob("*.py"))}
             identity, tokenizer = identity | code, tokenizer | code
     check_trust(folder, run.model.trust_remote_code, where)
     _check_shards(folder, where)
+    _check_adapter(folder, where)
     vocab_size, max_positions = _sizes(folder / "config.json")
     if max_positions and run.model.seq_len > max_positions:
         raise UserError(
@@ -159,6 +161,28 @@ def _check_shards(folder: Path, where: str) -> None:
     if strays := sorted({name for name in shards if Path(name).name != name}):
         raise UserError(f"the model's index names weights outside its folder: {', '.join(strays[:3])}",
                         where=str(index), allowed="file names without a folder", todo=f"correct {where}")  # fmt: skip
+
+
+def _check_adapter(folder: Path, where: str) -> None:
+    """No adapter: transformers would load the model that it names, from wherever that is, in place of this one."""
+    adapter = folder / "adapter_config.json"
+    base = json.loads(adapter.read_text()).get("base_model_name_or_path") if adapter.is_file() else None
+    if base:
+        raise UserError(f"the model {folder} is an adapter of {base}, which would be loaded in its place", where=where,
+                        allowed="a model with all of its weights",
+                        todo=f"merge the adapter, or remove {adapter}")  # fmt: skip
+
+
+def _further_files(folder: Path) -> list[str]:
+    """What few tokenizers have: files for versions of transformers, and chat templates by name."""
+    config = folder / "tokenizer_config.json"
+    named = (json.loads(config.read_text()).get("fast_tokenizer_files") or []) if config.is_file() else []
+    if strays := [name for name in named if not isinstance(name, str) or Path(name).name != name]:
+        raise UserError(f"the tokenizer names files outside its folder: {', '.join(map(str, strays[:3]))}",
+                        where=f"{config}, key fast_tokenizer_files", allowed="file names without a folder",
+                        todo="correct the list, or remove it: tokenizer.json is read then")  # fmt: skip
+    templates = sorted(folder.glob("additional_chat_templates/*.jinja"))
+    return [name for name in named if (folder / name).is_file()] + [str(one.relative_to(folder)) for one in templates]
 
 
 def _sizes(config_file: Path) -> tuple[int, int | None]:

@@ -57,14 +57,26 @@ def hold(paths: Iterable[str | Path], roots: dict[str, str], where: Callable[[],
 
 def _outside(path: str | Path, real: str, roots: dict[str, str], where: str) -> UserError:
     led = "lies" if os.path.normpath(Path.cwd() / path) == real else f"leads to {real},"
-    folder = real if Path(real).is_dir() else str(Path(real).parent)
-    wanted = ":".join(filter(None, [os.environ.get(VARIABLE), folder]))
+    todo, folder = "move it there", _to_allow(real)
+    if folder != "/":  # which would allow everything
+        wanted = ":".join(filter(None, [os.environ.get(VARIABLE), folder]))
+        todo += f", or set {VARIABLE}={wanted} in the environment of the run (of the worker, on a server)"
     return UserError(
         f"{path} {led} outside the folders that a run's file may name",
         where=where,
         allowed="paths below " + ", ".join(f"{root} ({name})" for root, name in roots.items()),
-        todo=f"move it there, or set {VARIABLE}={wanted} in the environment of the run (of the worker, on a server)",
+        todo=todo,
     )
+
+
+def _to_allow(real: str) -> str:
+    """The folder that lets a path in: its own, or that of the whole model in the hub's cache, where links share it."""
+    parts = Path(real).parts
+    for number, part in enumerate(parts[:-1]):
+        if part.startswith(("models--", "datasets--")) and parts[number + 1] in ("snapshots", "blobs"):
+            return str(Path(*parts[: number + 1]))
+    parent = str(Path(real).parent)
+    return real if Path(real).is_dir() or parent == "/" else parent
 
 
 def _roots(config: Path) -> dict[str, str]:

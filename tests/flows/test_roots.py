@@ -78,6 +78,34 @@ def test_the_refusal_names_what_to_set(project: Path, outside: Path, monkeypatch
     assert f"set STEEP_ROOTS=/mnt/others:{outside} in the environment" in said
 
 
+@pytest.mark.parametrize("path", ["/no-such-folder", "/"])
+def test_nobody_is_told_to_allow_everything(project: Path, path: str) -> None:
+    edit(project, f"runs_dir: {project}/runs", f"runs_dir: {path}")
+    advice = refusal(project).split("do: ")[1]
+    assert ("STEEP_ROOTS=/no-such-folder in" in advice) if path != "/" else ("STEEP_ROOTS" not in advice)
+
+
+def test_a_file_beside_the_roots_of_the_machine_is_advised_itself(project: Path) -> None:
+    edit(project, f"files: {project}/chats.jsonl", "files: /no-such-file.jsonl")
+    assert "STEEP_ROOTS=/no-such-file.jsonl in" in refusal(project)
+
+
+def test_one_advice_is_enough_for_a_model_of_the_hubs_cache(
+    project: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its snapshot is a folder of links to blobs beside it."""
+    cache = outside / "models--a--b"
+    (cache / "snapshots/c0ffee").mkdir(parents=True)
+    (project / "base").rename(cache / "blobs")
+    for file in (cache / "blobs").iterdir():
+        (cache / "snapshots/c0ffee" / file.name).symlink_to(Path("../../blobs") / file.name)
+    edit(project, f"path: {project}/base", f"path: {cache}/snapshots/c0ffee")
+    said = refusal(project)
+    assert f"STEEP_ROOTS={cache} in" in said
+    monkeypatch.setenv("STEEP_ROOTS", str(cache))
+    assert load_plan(str(project / "run.yaml"), None)
+
+
 LINKS = {  # what becomes a link to its copy outside, and the key of the message
     "base": "model.path",
     "base/model.safetensors": "model.path",
@@ -242,3 +270,40 @@ def test_weights_lie_in_the_models_folder(project: Path) -> None:
     index["weight_map"] = {"a": "model.safetensors"}
     (project / "base/model.safetensors.index.json").write_text(json.dumps(index))
     assert load_plan(str(project / "run.yaml"), None)
+
+
+def prepare_key(project: Path) -> str:
+    return load_plan(str(project / "run.yaml"), None)["prepare_cpt"].order.key
+
+
+@pytest.mark.parametrize("name", ["../../outside/tokenizer.4.0.0.json", "/outside/tokenizer.4.0.0.json"])
+def test_a_tokenizers_files_lie_in_the_models_folder(project: Path, name: str) -> None:
+    config = project / "base/tokenizer_config.json"
+    text, before = config.read_text(), prepare_key(project)
+    plain = json.loads(text)
+    config.write_text(json.dumps(plain | {"fast_tokenizer_files": [name]}))
+    with pytest.raises(UserError, match=rf"outside its folder: {name}"):
+        load_plan(str(project / "run.yaml"), None)
+
+    config.write_text(text)
+    assert prepare_key(project) == before
+    config.write_text(json.dumps(plain | {"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}))
+    shutil.copy(project / "base/tokenizer.json", project / "base/tokenizer.4.0.0.json")
+    before = prepare_key(project)
+    (project / "base/tokenizer.4.0.0.json").write_text("{}")
+    assert prepare_key(project) != before
+
+
+def test_a_link_deep_in_the_models_folder_is_judged(project: Path, outside: Path) -> None:
+    before = prepare_key(project)
+    (project / "base/additional_chat_templates").mkdir()
+    (project / "base/additional_chat_templates/tools.jinja").write_text("{{ messages }}")
+    assert prepare_key(project) != before
+    (project / "base/additional_chat_templates/secret.jinja").symlink_to(outside / "chats.jsonl")
+    assert f"secret.jinja leads to {outside}/chats.jsonl" in refusal(project)
+
+
+def test_an_adapter_is_not_loaded_for_its_base(project: Path) -> None:
+    (project / "base/adapter_config.json").write_text('{"base_model_name_or_path": "/outside/model"}')
+    with pytest.raises(UserError, match="is an adapter of /outside/model"):
+        load_plan(str(project / "run.yaml"), None)
