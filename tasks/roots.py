@@ -6,7 +6,8 @@ with `:` between them. Links are followed before a path is judged, so one inside
 Hub ids are no paths. `runs` may itself be a link to a larger disk: who can lay links in the project needs no config.
 
 Held are paths that a run's file names, the files that its globs match, those of the model's folder, and the data of
-its lm-eval tasks. Not held is what Python code beside those tasks does: it is code of the operator's, below a root.
+its lm-eval tasks. Not held is what the tasks under `include_path` run: they are code (`!function` runs the Python
+beside them), to be written only by who may run code there. `tasks/task_yaml.py` refuses code from elsewhere.
 """
 
 from __future__ import annotations

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tasks.config import Evaluate, locate
 from tasks.errors import UserError
 from tasks.resolve import Digests
 from tasks.roots import hold_found
+from tasks.task_yaml import below, code_named, read_task_yaml, texts
 
 Config = dict[str, Any]
 DATA_KEYS = ("dataset_path", "dataset_name", "dataset_kwargs")
@@ -33,7 +32,7 @@ class TaskFile:
 
     path: Path
     config: Config
-    included: tuple[Path, ...]
+    included: tuple[Path, ...]  # and the Python that it names
 
     @property
     def name(self) -> Any:
@@ -105,9 +104,9 @@ def resolve_task_files(evaluate: Evaluate, config_path: Path, digests: Digests) 
     folder, where = Path(evaluate.include_path), locate(config_path, "evaluate", "include_path")
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}", where=where, allowed="a folder of lm-eval task YAMLs")
-    below = sorted(folder.rglob("*"))
-    files = [file for file in below if file.suffix in (".yaml", ".yml", ".py") and not file.is_dir()]
-    hold_found([*files, *(path for path in below if path.is_symlink())], config_path, where)
+    inside = sorted(folder.rglob("*"))
+    files = [file for file in inside if file.suffix in (".yaml", ".yml", ".py") and not file.is_dir()]
+    hold_found([*files, *(path for path in inside if path.is_symlink())], config_path, where)
     suite = Suite()
     for file in files:
         if file.suffix != ".py":
@@ -122,27 +121,17 @@ def resolve_task_files(evaluate: Evaluate, config_path: Path, digests: Digests) 
     return [{"path": str(file), "sha256": digests.of(file)} for file in found], on_hub
 
 
-def _construct_text(_loader: yaml.SafeLoader, node: yaml.Node) -> str:
-    return str(node.value)
-
-
-class _TaskYaml(yaml.SafeLoader):
-    """lm-eval's YAML: `!function module.name` is taken as text here."""
-
-
-_TaskYaml.add_constructor("!function", _construct_text)
-
-
 def _read(file: Path, config_path: Path, seen: set[Path]) -> TaskFile:
     """A file and those that it includes, once all that they name is found to lie below the roots."""
-    own = _read_yaml(file)
+    own = read_task_yaml(file)
     include = own.pop("include", None) or []
     # lm-eval follows a link first, so that what it includes lies beside the file and not beside the link.
     beside = file.resolve().parent if file.is_symlink() else file.parent
     others = [beside / str(one) for one in (include if isinstance(include, list) else [include])]
-    hold_found([*_paths_read(own), *others], config_path, str(file))
+    modules = code_named(own, file)
+    hold_found([*_paths_read(own), *others, *modules], config_path, str(file))
     config: Config = {}
-    included: list[Path] = []
+    included = list(modules)
     for other in others:
         if other.is_file() and other.resolve() not in seen:  # lm-eval refuses a file that comes twice
             seen.add(other.resolve())
@@ -152,51 +141,14 @@ def _read(file: Path, config_path: Path, seen: set[Path]) -> TaskFile:
     return TaskFile(file, config | own, tuple(included))
 
 
-def _read_yaml(file: Path) -> Config:
-    todo = "correct the file, or move it out of `evaluate.include_path`"
-    try:
-        found = yaml.load(file.read_text(encoding="utf-8"), Loader=_TaskYaml) or {}
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"not readable as YAML: {error.problem}", where=f"{file}{line}", todo=todo) from None
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
-        raise UserError(f"not readable as YAML: {error}", where=str(file), todo=todo) from None
-    if not isinstance(found, dict):
-        raise UserError(f"the file holds a {type(found).__name__}, no `key: value` mapping", where=str(file),
-                        allowed="an lm-eval task or group", todo=todo)  # fmt: skip
-    return found
-
-
 def _data_keys(config: Config) -> Config:
     return {key: config[key] for key in DATA_KEYS if key in config}
 
 
 def _paths_read(config: Config) -> list[str]:
     """Where a task's data may lie, or that of a task within it; an id or the address of a host passes as relative."""
-    parts = [part for value in _below(config, PATH_KEYS) for text in _texts(value) for part in text.split("::")]
+    parts = [part for value in below(config, PATH_KEYS) for text in texts(value) for part in text.split("::")]
     return [os.path.expanduser(_local(part).rpartition("://")[2]) for part in parts]  # noqa: PTH111
-
-
-def _below(value: Any, keys: tuple[str, ...]) -> Iterator[Any]:
-    """The values of these keys, however deep they stand."""
-    for one in _nodes(value):
-        if isinstance(one, dict):
-            yield from (one[key] for key in keys if key in one)
-
-
-def _texts(value: Any) -> list[str]:
-    return [one for one in _nodes(value) if isinstance(one, str)]
-
-
-def _nodes(value: Any) -> Iterator[Any]:
-    """A value and all within it, in order; each list and mapping once, for YAML can put one into itself."""
-    left, seen = [value], set()
-    while left:
-        one = left.pop()
-        yield one
-        if isinstance(one, dict | list) and id(one) not in seen:
-            seen.add(id(one))
-            left += reversed(list(one.values() if isinstance(one, dict) else one))
 
 
 def _local(text: str) -> str:
@@ -208,17 +160,17 @@ def _data(file: Path, config: Config, config_path: Path) -> list[Path]:
     kwargs, folder = config.get("dataset_kwargs") or {}, config.get("dataset_path")
     if not isinstance(kwargs, dict):
         raise UserError(f"dataset_kwargs is {kwargs!r}", where=str(file), allowed="a mapping")
-    below = Path(folder) if isinstance(folder, str) and Path(folder).is_dir() else None
+    own = Path(folder) if isinstance(folder, str) and Path(folder).is_dir() else None
     within = kwargs.get("data_dir")
-    base = (below or Path()) / Path(_local(within) if isinstance(within, str) else "").expanduser()
+    base = (own or Path()) / Path(_local(within) if isinstance(within, str) else "").expanduser()
     found: list[Path] = []
-    for text in _texts(kwargs.get("data_files")):
+    for text in texts(kwargs.get("data_files")):
         matching = _matching(base / Path(_local(text.split("::")[-1])).expanduser())  # zip://NAME::PATH
-        if not matching and (below or "/" not in str(folder)):  # else the path is one within a dataset of the hub
+        if not matching and (own or "/" not in str(folder)):  # else the path is one within a dataset of the hub
             raise UserError(f"no such file: {base / text}", where=f"{file}, key dataset_kwargs.data_files",
                             allowed="paths relative to the project's root")  # fmt: skip
         found += matching
-    if not found and (below or within) and base.is_dir():
+    if not found and (own or within) and base.is_dir():
         found = sorted(path for path in base.rglob("*") if path.is_file())
     hold_found(found, config_path, str(file))
     return found

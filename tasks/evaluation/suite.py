@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval.tasks
+import lm_eval.utils
 import yaml
+from jinja2 import StrictUndefined
+from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
@@ -24,6 +27,10 @@ from tasks.evaluation.environment import names_in
 
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 Loaded = dict[str, list[Task | Group]]
+# As lm-eval's own, whose templates can run any Python: they come with data sets and tasks of others.
+SANDBOX = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+SANDBOX.filters.update(lm_eval.utils.env.filters)
+lm_eval.utils.env = SANDBOX
 
 
 def load_suite(names: list[str], folder: Path) -> tuple[TaskManager, Loaded]:

@@ -140,3 +140,15 @@ def test_local_tasks_are_evaluated_offline_and_others_as_the_launcher_says(
         assert (os.environ["HF_HUB_OFFLINE"], os.environ["HF_DATASETS_CACHE"]) == (
             ("1", "/cache") if offline else ("before", "before")
         )
+
+
+def test_a_template_stays_in_its_sandbox(folder: Path) -> None:
+    """lm-eval renders all of a task's templates with this function."""
+    from jinja2.exceptions import SecurityError
+    from lm_eval.utils import apply_template
+
+    [task] = load(folder, "choices")["choices"]
+    assert apply_template("{{ gold | regex_replace('a', 'b') }}\n", {"gold": "aa"}) == "bb\n"
+    task.config.doc_to_text = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    with pytest.raises(SecurityError):
+        task.doc_to_text(task.eval_docs[0])

@@ -141,3 +141,38 @@ def test_lm_eval_finds_what_the_plan_finds(other: Path, monkeypatch: pytest.Monk
         suite.add(_read(file, other / "run.yaml", {file}))
     ours = sorted(str(config["dataset_kwargs"]["data_files"]) for _, config in suite.reached("all", {}) if config)
     assert ours == theirs and len(ours) == 2 and Path(ours[0]).name == "other.jsonl"
+
+
+CODE = {
+    "module": "doc_to_text: !function os.system",
+    "file": "doc_to_text: !function /outside/evil.run",
+    "dots for slashes": "doc_to_text: !function .outside.evil.run",
+    "no name": "doc_to_text: !function scoring",
+    "list": "doc_to_text: !function [os.system]",
+    "deep": "filter_list: [{name: a, filter: [{function: custom, filter_fn: !function os.system}]}]",
+    "metric": "metric_list: [{metric: /outside/evil.py}]",
+    "metric's folder": "metric_list: [{metric: somebody/evil}]",
+    "metric's file": "metric_list: [{metric: evil.py}]",
+}
+
+
+@pytest.mark.parametrize("case", CODE)
+def test_a_task_runs_only_the_code_beside_it(project: Path, case: str) -> None:
+    (project / "lm_eval/scoring.py").write_text("")
+    (project / "lm_eval/other.yaml").write_text(f"task: other\n{CODE[case]}\n")
+    with pytest.raises(
+        UserError, match="is a path, and would" if "metric" in case else "names no Python file"
+    ) as caught:
+        load_plan(str(project / "run.yaml"), None)
+    assert caught.value.where.endswith("other.yaml")
+
+
+def test_code_beside_an_included_file_evaluates_again(other: Path) -> None:
+    (other / "more/deep").mkdir(parents=True)
+    (other / "more/base.inc").write_text("doc_to_text: !function deep.scoring.ask\n")
+    (other / "more/deep/scoring.py").write_text("ask = str\n")
+    say(other, "a.yaml", "task: all\ninclude: ../more/base.inc\n")
+    edit(other, "domain:  [tiny_bpb]", "domain:  [all]")
+    before = key(other)
+    (other / "more/deep/scoring.py").write_text("ask = repr\n")
+    assert key(other) != before
