@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.config import Evaluate, locate
+from tasks.dataset_card import CARDS, check_card
 from tasks.errors import UserError
 from tasks.resolve import Digests
 from tasks.roots import hold_found
@@ -170,10 +171,15 @@ def _data(file: Path, config: Config, config_path: Path) -> list[Path]:
             raise UserError(f"no such file: {base / text}", where=f"{file}, key dataset_kwargs.data_files",
                             allowed="paths relative to the project's root")  # fmt: skip
         found += matching
+    cards = [own / name for name in CARDS if (own / name).is_file()] if own else []
     if not found and (own or within) and base.is_dir():
         found = sorted(path for path in base.rglob("*") if path.is_file())
+        hold_found(base.rglob("*"), config_path, str(file))
+    if own:
+        check_card(own)
+        hold_found(own.rglob("*"), config_path, str(file))
     hold_found(found, config_path, str(file))
-    return found
+    return [*found, *cards]
 
 
 def _matching(path: Path) -> list[Path]:

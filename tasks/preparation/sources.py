@@ -10,12 +10,13 @@ its copy, and the order in which a YAML file happens to list them decides nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tasks.config import Source
+from tasks.dataset_card import strays
 from tasks.errors import UserError
 from tasks.hub import patiently
 from tasks.preparation import readers
@@ -153,16 +154,15 @@ def _record_blocks(source: int, file: int, path: str, records: Iterator[tuple[Lo
 
 
 def _read_hub(plan: SourcePlan) -> Iterator[tuple[Located, int]]:
-    from datasets import load_dataset  # 1.4 s to import, and few stages need it
-
     assert plan.hub is not None
     hub = plan.hub
     number = 0
     try:
-        rows = patiently(lambda: load_dataset(hub["id"], hub.get("subset"), split=hub.get("split") or "train",
-                                              revision=hub.get("revision"), streaming=True))  # fmt: skip
+        rows = patiently(lambda: _open_hub(hub, f"sources.{plan.name}.hf"))
         for number, row in enumerate(rows, start=1):  # datasets itself asks again for what breaks off
             yield (number, {field: row[field] for field in plan.fields.values() if field in row}), 0
+    except UserError:
+        raise
     except Exception as error:
         went = f"broke off behind record {number:,}" if number else "cannot be opened"
         raise UserError(
@@ -170,6 +170,18 @@ def _read_hub(plan: SourcePlan) -> Iterator[tuple[Located, int]]:
             where=f"sources.{plan.name}.hf",
             todo="check id, subset, split, revision, and that the hub can be reached",
         ) from error
+
+
+def _open_hub(hub: dict[str, Any], where: str) -> Iterable[dict[str, Any]]:
+    """As `load_dataset(..., streaming=True)` opens it, with a look at its files before the first is read."""
+    from datasets import load_dataset_builder  # 1.4 s to import, and few stages need it
+
+    builder = load_dataset_builder(hub["id"], hub.get("subset"), revision=hub.get("revision"))
+    named = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
+    if found := strays(named, hub["id"]):
+        raise UserError(f"the card of the hub dataset {_hub_name(hub)} names a file of this machine: {found[0]}",
+                        where=where, allowed="files of the dataset", todo="use another dataset")  # fmt: skip
+    return builder.as_streaming_dataset(split=hub.get("split") or "train")  # type: ignore[no-any-return]
 
 
 def _hub_name(hub: dict[str, Any] | None) -> str:

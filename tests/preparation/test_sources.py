@@ -14,6 +14,7 @@ import pytest
 import zstandard
 from datasets import Dataset
 
+from tasks.dataset_card import strays
 from tasks.errors import EXIT_USER_ERROR
 from tasks.preparation import readers
 from tests.preparation.conftest import Stage, make_tokenizer, source, write_lines
@@ -100,6 +101,32 @@ def test_a_hub_dataset_streams_through_datasets(stage: Stage, tmp_path: Path) ->
     hub = {"spec": {"hf": {"id": str(folder)}, "text": "text"},
            "hf": {"id": str(folder), "subset": None, "split": "train", "revision": None}}  # fmt: skip
     assert json.loads((stage({"a": hub}) / "ledger.json").read_text())["total"]["kept"]["documents"] == len(TEXTS)
+
+
+def test_a_hub_datasets_card_names_no_file_of_this_machine(stage: Stage, tmp_path: Path) -> None:
+    (tmp_path / "hub").mkdir()
+    write_lines(tmp_path / "secret.jsonl", [{"text": text} for text in TEXTS])
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: {tmp_path}/secret.jsonl\n---\n"
+    (tmp_path / "hub/README.md").write_text(card)
+    hub = {"spec": {"hf": {"id": str(tmp_path / "hub")}, "text": "text"}, "hf": {"id": str(tmp_path / "hub")}}
+    text = (stage({"a": hub}, exit_code=EXIT_USER_ERROR) / "error.txt").read_text()
+    assert f"names a file of this machine: {tmp_path}/secret.jsonl" in text and "sources.a.hf" in text
+
+
+def test_files_of_a_hub_dataset_are_told_from_those_of_this_machine() -> None:
+    own = [
+        "hf://datasets/a/b@c0ffee/train.parquet",
+        "https://a.org/b.jsonl",
+        "zip://a.jsonl::hf://datasets/a/b@1/a.zip",
+    ]
+    others = [
+        "/outside/a.jsonl",
+        "file:///outside/a.jsonl",
+        "local://a.jsonl",
+        "zip://a.jsonl::/outside/a.zip",
+        "a.jsonl",
+    ]
+    assert strays([*own, *others], "a/b") == others
 
 
 def test_a_hub_dataset_that_cannot_be_opened_is_an_error(stage: Stage, tmp_path: Path) -> None:

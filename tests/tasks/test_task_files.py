@@ -176,3 +176,30 @@ def test_code_beside_an_included_file_evaluates_again(other: Path) -> None:
     before = key(other)
     (other / "more/deep/scoring.py").write_text("ask = repr\n")
     assert key(other) != before
+
+
+CARDS = {
+    "README.md": "---\nconfigs:\n- config_name: default\n  data_files: {file}\n---\nText.\n",
+    ".huggingface.yaml": "configs:\n- config_name: a\n  data_files: [{{split: train, path: ['{file}']}}]\n",
+}
+
+
+@pytest.mark.parametrize("file", ["/outside/x.jsonl", "../x.jsonl", "file:/outside/x.jsonl", "zip://a::/outside/x.zip"])
+@pytest.mark.parametrize("card", CARDS)
+def test_a_card_names_files_of_its_folder(other: Path, card: str, file: str) -> None:
+    say(other, "a.yaml", "task: all\ndataset_path: {folder}/folder\n")
+    edit(other, "domain:  [tiny_bpb]", "domain:  [all]")
+    (other / "folder" / card).write_text(CARDS[card].format(file="train.jsonl"))
+    assert load_plan(str(other / "run.yaml"), None)
+    (other / "folder" / card).write_text(CARDS[card].format(file=file))
+    with pytest.raises(UserError, match="the card of the data set names") as caught:
+        load_plan(str(other / "run.yaml"), None)
+    assert caught.value.where.endswith(card)
+
+
+def test_a_link_in_a_folder_of_data_is_judged(other: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    say(other, "a.yaml", "task: all\ndataset_path: {folder}/folder\n")
+    edit(other, "domain:  [tiny_bpb]", "domain:  [all]")
+    (other / "folder/more").symlink_to(tmp_path_factory.mktemp("outside"))
+    with pytest.raises(UserError, match="outside the folders that a run's file may name"):
+        load_plan(str(other / "run.yaml"), None)
