@@ -24,6 +24,7 @@ from tasks.task_yaml import below, code_named, read_task_yaml, texts
 Config = dict[str, Any]
 DATA_KEYS = ("dataset_path", "dataset_name", "dataset_kwargs")
 PATH_KEYS = ("dataset_path", "dataset_kwargs", "use_prompt")
+IGNORED = {"__pycache__", ".ipynb_checkpoints"}  # folders in which lm-eval looks for no task
 LOCAL = re.compile(r"^((file|local):(//)?)+")  # as fsspec takes it off: with one colon, and without a slash, too
 
 
@@ -109,9 +110,11 @@ def resolve_task_files(evaluate: Evaluate, config_path: Path, digests: Digests) 
     files = [file for file in inside if file.suffix in (".yaml", ".yml", ".py") and not file.is_dir()]
     hold_found([*files, *(path for path in inside if path.is_symlink())], config_path, where)
     suite = Suite()
-    for file in files:
+    for file in sorted(files, key=Path.as_posix):  # lm-eval's order: of two equal names the first counts
         if file.suffix != ".py":
-            suite.add(_read(file, config_path, {file.resolve()}))
+            one = _read(file, config_path, {file.resolve()})
+            if file.suffix == ".yaml" and not IGNORED.intersection(file.parts):
+                suite.add(one)
     pairs = [pair for name in evaluate.tasks for pair in suite.reached(name, {})]
     pairs.sort(key=lambda pair: pair[0].path)
     data = [path for file, config in pairs for path in _data(file.path, config, config_path)]

@@ -143,6 +143,19 @@ def test_lm_eval_finds_what_the_plan_finds(other: Path, monkeypatch: pytest.Monk
     assert ours == theirs and len(ours) == 2 and Path(ours[0]).name == "other.jsonl"
 
 
+@pytest.mark.parametrize("first", [".ipynb_checkpoints/b.yaml", "a/b.yaml", "a.yml"])
+def test_of_two_tasks_of_a_name_it_is_lm_evals(other: Path, first: str) -> None:
+    """lm-eval takes no copy that an editor laid aside, no .yml, and sorts paths as texts."""
+    (other / "lm_eval" / first).parent.mkdir(exist_ok=True)
+    say(other, first, OTHER.replace("other.jsonl", "heldout.jsonl"))
+    (other / "lm_eval/a-b").mkdir()
+    say(other, "a-b/b.yaml", OTHER)
+    edit(other, "domain:  [tiny_bpb]", "domain:  [other]")
+    before = key(other)
+    (other / "other.jsonl").write_text('{"text": "another one"}\n')
+    assert key(other) != before
+
+
 CODE = {
     "module": "doc_to_text: !function os.system",
     "file": "doc_to_text: !function /outside/evil.run",
