@@ -24,6 +24,7 @@ from tests.conftest import ROOT, edit
 
 AUDIT = ROOT / "tests" / "network_audit"
 STAGES = ["prepare_cpt", "prepare_sft", "cpt", "sft", "evaluate", "report"]
+LOOKS_WITHOUT_CHANGE = 15
 
 
 def run(config: Path, **options: Any) -> dict[str, str]:
@@ -35,9 +36,12 @@ def run(config: Path, **options: Any) -> dict[str, str]:
         from prefect.client.schemas.filters import FlowRunFilter
 
         of_this_run = FlowRunFilter(id={"any_": [flow_run_id]})
-        for _ in range(100):  # states of tasks travel as events, which the server may take up a moment later
-            runs = client.read_task_runs(flow_run_filter=of_this_run)
-            if all(task_run.state.is_final() for task_run in runs):
+        runs, settled = [], 0
+        for _ in range(200):  # tasks and their states travel as events, which the server takes up a moment later
+            before, runs = runs, client.read_task_runs(flow_run_filter=of_this_run)
+            final = all(task_run.state is not None and task_run.state.is_final() for task_run in runs)
+            settled = settled + 1 if final and len(runs) == len(before) else 0
+            if settled == LOOKS_WITHOUT_CHANGE:
                 break
             time.sleep(0.1)
     return {task_run.name: task_run.state.name for task_run in sorted(runs, key=lambda r: r.start_time)}
