@@ -196,7 +196,14 @@ class _Steps:
             "optimizer_share": round(statistics.median(self.optimizer[WARMUP_STEPS:] or self.optimizer) / seconds, 4),
             "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
             "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+            "host_gib": round(_own_host_bytes() / 2**30, 2),
         }
+
+
+def _own_host_bytes() -> int:
+    """What this process holds of the host's memory, files mapped by it left out."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
 
 
 def _watched(trainer: Any, steps: _Steps) -> Any:
