@@ -94,10 +94,11 @@ def choose(tag: str, hardware: Hardware, job: Job | None) -> Choice:
 def combinations(hardware: Hardware, job: Job) -> Iterator[Choice]:
     """Every concrete form of the tag for this stage, predicted."""
     for precision in [hardware.precision] if hardware.precision != "auto" else _precisions(hardware):
-        for recompute in [hardware.recompute] if hardware.recompute != "auto" else _recomputes(hardware):
-            for rows in _row_counts(hardware, job):
-                concrete = {"precision": precision, "recompute": recompute, "microbatch_rows": rows}
-                yield predicted(hardware.model_copy(update=concrete | _compile(hardware)), job)
+        row = hardware.model_copy(update={"precision": precision})
+        for recompute in [row.recompute] if row.recompute != "auto" else _recomputes(row):
+            for rows in _row_counts(row, job):
+                concrete = {"recompute": recompute, "microbatch_rows": rows, "compile": row.compiles}
+                yield predicted(row.model_copy(update=concrete), job)
 
 
 def predicted(hardware: Hardware, job: Job) -> Choice:
@@ -142,7 +143,8 @@ def _precisions(hardware: Hardware) -> list[str]:
 
 
 def _recomputes(hardware: Hardware) -> list[str]:
-    return ["none", "selective", "full", *(["unsloth"] if hardware.backend == "unsloth" else [])]
+    pointwise = ["pointwise"] if hardware.compiles else []
+    return ["none", *pointwise, "selective", "full", *(["unsloth"] if hardware.backend == "unsloth" else [])]
 
 
 def _row_counts(hardware: Hardware, job: Job) -> list[int]:
@@ -154,16 +156,11 @@ def _row_counts(hardware: Hardware, job: Job) -> list[int]:
     return [1 << power for power in range(most.bit_length())]
 
 
-def _compile(hardware: Hardware) -> dict[str, bool]:
-    """On GPUs, but for float32: its attention has another shape with every micro-batch, and each would be compiled."""
-    by_default = hardware.device == "cuda" and hardware.precision != "fp32"
-    return {"compile": by_default if hardware.compile is None else hardware.compile}
-
-
 def _on_cpu(hardware: Hardware) -> Hardware:
     settled = {"precision": "fp32", "recompute": "none", "microbatch_rows": CPU_ROWS}
     update = {name: value for name, value in settled.items() if getattr(hardware, name) == "auto"}
-    return hardware.model_copy(update=update | _compile(hardware))
+    row = hardware.model_copy(update=update)
+    return row.model_copy(update={"compile": row.compiles})
 
 
 def _as_said(tag: str, hardware: Hardware) -> Hardware:
@@ -175,4 +172,4 @@ def _as_said(tag: str, hardware: Hardware) -> Hardware:
             where=f"{HARDWARE_FILE}, key {tag}",
             todo=f"give {', '.join(open_keys)} in the tag's row",
         )
-    return hardware.model_copy(update=_compile(hardware))
+    return hardware.model_copy(update={"compile": hardware.compiles})

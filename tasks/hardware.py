@@ -18,7 +18,7 @@ HARDWARE_FILE = Path("configs/hardware.yaml")
 AUTO = "auto"  # a tag, and a value: the machine decides, or the plan
 
 Precision = Literal["fp32", "fp32-master", "bf16-stochastic", "bf16"]
-Recompute = Literal["none", "selective", "full", "unsloth"]
+Recompute = Literal["none", "pointwise", "selective", "full", "unsloth"]
 Auto = Literal["auto"]
 
 
@@ -46,6 +46,14 @@ class Hardware(Section):
         """Processes of all nodes."""
         return self.processes * self.nodes
 
+    @property
+    def compiles(self) -> bool:
+        """Compiled layers: as said, else on GPUs, but not for float32.
+
+        Float32's attention has another shape with every micro-batch, and each would be compiled.
+        """
+        return self.device == "cuda" and self.precision != "fp32" if self.compile is None else self.compile
+
     @model_validator(mode="after")
     def _check(self) -> Hardware:
         if isinstance(self.microbatch_rows, int) and self.microbatch_rows < 1:
@@ -66,7 +74,11 @@ class Hardware(Section):
                 f"backend unsloth trains on one GPU, this row has {self.world_size}; use backend: fsdp", "backend"
             )
         if self.recompute == "unsloth" and self.backend != "unsloth":
-            raise Misplaced("recompute unsloth is Unsloth's own; with backend fsdp: none, selective, full", "recompute")
+            raise Misplaced("recompute unsloth is Unsloth's own; with backend fsdp: none, pointwise, selective, full", "recompute")  # fmt: skip
+
+        if self.recompute == "pointwise" and not self.compiles:
+            raise Misplaced("recompute pointwise is the compiler's choice: on a GPU, with 'compile' and not in fp32 unless "
+                            "compile is true; else none, selective, full", "recompute")  # fmt: skip
 
     def _check_offload(self) -> None:
         if self.offload == "none":

@@ -26,6 +26,7 @@ STATE_BYTES = {
     "bf16": (2.0, 2.0, 4.0),
 }
 CHUNK_LOGITS = 2**30  # as tasks/training/linear_loss.py: logits that exist at a time
+KEEPING_PRODUCTS = ("none", "pointwise")  # of `recompute`: no product of a layer is computed again
 COEFFICIENTS = {
     # Temporary values while a layer is differentiated, in elements of F: the MLP's product again, and the gradients of
     # the product, of gate and of up. Measured at 65,536 tokens of a 1B model: 4.2.
@@ -87,7 +88,7 @@ def moments(shape: ModelShape, setting: Setting) -> list[Parts]:
     weights, gradients, optimizer = _states(shape, setting)
     held = gradients if setting.accumulation > 1 else 0.0  # the first micro-batch's gradients stand during the second
     kept, layer, ends = _kept(shape, setting), _kept_by_a_layer(shape, setting), _ends(shape, setting)
-    recomputed = 0.0 if setting.recompute == "none" else max(0.0, layer - kept / shape.num_layers)
+    recomputed = 0.0 if setting.recompute in KEEPING_PRODUCTS else max(0.0, layer - kept / shape.num_layers)
     temporary, copies, root = _layer_gradients(shape, setting), _copies(shape, setting), _root(shape, setting)
     on_way = kept if setting.recompute == "unsloth" else 0.0  # buffers between GPU and host
     work, head = copies + _gathered(shape, setting) + root, _head_gradient(shape, setting)
@@ -162,13 +163,15 @@ def _kept_by_a_layer(shape: ModelShape, setting: Setting) -> float:
     """What one layer keeps for its backward pass when no product and no attention is computed again.
 
     Compiled: the residual stream before both norms, queries, keys and values, the attention's output and its
-    statistics, gate and up; norms, rotations and the MLP's product are computed again (tasks/training/recompute.py).
+    statistics, gate and up; with `none` the norms' results and the MLP's product too (tasks/training/recompute.py).
     Not compiled also the norms' values in float32, normalised and scaled, the attention's output in another layout, two
     more of the MLP, and in float32 the key's and value's heads repeated.
     """
     product, stream = _product_bytes(setting), stream_bytes(setting)
     elements = 2 * shape.queries + 2 * shape.keys + 2 * shape.mlp
     a_token = elements * product + 2 * shape.hidden * stream + 4 * shape.heads
+    if setting.compile and setting.recompute == "none":
+        a_token += (2 * shape.hidden + shape.mlp) * product
     if not setting.compile:
         widened = 4.0 if product < 4 else 0.0
         a_token += 2 * shape.hidden * (2 * product + widened)
@@ -180,7 +183,7 @@ def _kept_by_a_layer(shape: ModelShape, setting: Setting) -> float:
 def _kept(shape: ModelShape, setting: Setting) -> float:
     """What all layers keep until their backward pass."""
     stream, product = stream_bytes(setting) * shape.hidden, _product_bytes(setting)
-    if setting.recompute == "none":
+    if setting.recompute in KEEPING_PRODUCTS:
         return shape.num_layers * _kept_by_a_layer(shape, setting)
     if setting.recompute == "unsloth":  # inputs of layers go to the host; the one in work and the next are here
         return 2 * setting.tokens * stream

@@ -16,7 +16,7 @@ from tasks.choose import Choice, predicted
 from tasks.errors import UserError
 from tasks.stage import OOM
 
-LESS = {"none": "selective", "selective": "full"}  # the recompute that keeps less; Unsloth's keeps least
+LESS = {"none": "pointwise", "pointwise": "selective", "selective": "full"}  # the recompute that keeps less; Unsloth's keeps least
 
 
 class OutOfMemory(RuntimeError):
@@ -75,7 +75,8 @@ def say_rows(rows: int) -> str:
 def _smaller(how: dict[str, Any]) -> list[str]:
     """Each setting of a row that takes less, alone."""
     rows, recompute = int(how.get("microbatch_rows", 1)), how.get("recompute", "none")
-    less = LESS | ({"full": "unsloth"} if how.get("backend") == "unsloth" else {})
+    less = LESS | ({} if how.get("compile") else {"none": "selective"})
+    less |= {"full": "unsloth"} if how.get("backend") == "unsloth" else {}
     steps = [f"microbatch_rows: {rows // 2}"] if rows > 1 else []
     if recompute in less:
         steps.append(f"recompute: {less[recompute]}")

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from tasks.cards import matrix_flops
-from tasks.memory import Setting, setting_of
+from tasks.memory import KEEPING_PRODUCTS, Setting, setting_of
 from tasks.model_shape import ModelShape, shape_of
 
 MEASUREMENTS = Path(__file__).resolve().parent.parent / "configs/measurements"
 MEAN_CONTEXT = 450.0  # positions that a token sees, itself included: packed documents of about 600 tokens
 # Speed against keeping everything, where no run alike was measured.
-RECOMPUTE_SPEED = {"none": 1.0, "selective": 0.9, "full": 0.85, "unsloth": 0.78}
+RECOMPUTE_SPEED = {"none": 1.0, "pointwise": 0.995, "selective": 0.9, "full": 0.85, "unsloth": 0.78}
 PRECISION_SPEED = {"fp32": 0.1, "fp32-master": 1.0, "bf16-stochastic": 1.0, "bf16": 1.0}  # no TF32 in fp32
 REACHED_MFU = 0.74  # 1B to 8B Llama on an H200, everything kept: what stands in for an empty folder of measurements
 OPTIMIZER_SECONDS_A_PARAMETER = {"fp32": 8e-12, "fp32-master": 8e-12, "bf16-stochastic": 1.9e-11, "bf16": 4e-12}
@@ -112,7 +112,8 @@ def _most_alike(shape: ModelShape, setting: Setting, runs: tuple[Measured, ...])
         other = run.setting
         return (
             2.0 * (setting.precision != other.precision)
-            + 1.5 * (setting.recompute != other.recompute)
+            + 0.1 * (setting.recompute != other.recompute)  # where both keep the products
+            + 1.4 * (_products_again(setting) != _products_again(other))
             + 1.0 * (setting.backend != other.backend)
             + 1.0 * ((setting.world_size > 1) != (other.world_size > 1))
             + 3.0 * (setting.offload != other.offload)
@@ -121,6 +122,10 @@ def _most_alike(shape: ModelShape, setting: Setting, runs: tuple[Measured, ...])
         )
 
     return min((run for run in runs if run.tells_speed), key=distance, default=None)
+
+
+def _products_again(setting: Setting) -> str:
+    return "" if setting.recompute in KEEPING_PRODUCTS else setting.recompute
 
 
 def _mfu(setting: Setting, alike: Measured | None) -> float:

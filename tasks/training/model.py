@@ -116,7 +116,7 @@ def prepare_model(model: PreTrainedModel, how: dict[str, Any]) -> None:
     """Recomputation, compilation and the fused loss, as the order's `how` says; a CPU keeps the model's own way."""
     recompute = how.get("recompute", "none")
     if recompute != "none" or how.get("compile", False):
-        wrap_layers(model, "none" if recompute == "unsloth" else recompute, how.get("compile", False))
+        wrap_layers(model, "pointwise" if recompute == "unsloth" else recompute, how.get("compile", False))
     if how["device"] == "cuda" and can_fuse(model):
         fuse_loss(model)
 

@@ -178,7 +178,10 @@ def run_peer(case: dict[str, Any], work: Path) -> dict[str, Any]:
 
 
 class _Steps:
-    """Times of steps, of the optimizer within them, and the memory they took."""
+    """Times of steps, of the optimizer within them, and the memory they took.
+
+    A step lasts from the end of the one before: reading its rows and writing its log take time too.
+    """
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -215,7 +218,7 @@ def _watched(trainer: Any, steps: _Steps) -> Any:
             torch.cuda.synchronize()
             return time.monotonic()
 
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.began = self.now()
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -225,7 +228,9 @@ def _watched(trainer: Any, steps: _Steps) -> Any:
             steps.optimizer.append(self.now() - self.optimizer_began)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            steps.steps.append(self.now() - self.began)
+            ended = self.now()
+            steps.steps.append(ended - self.began)
+            self.began = ended
 
     trainer.add_callback(Watch())
     return trainer

@@ -38,7 +38,7 @@ SPEED_8B = [
     case("8b bare loop", "bare", "llama-8b", microbatch_rows=4),
 ]
 SPEED_2 = [
-    ours("8b fsdp x2", "llama-8b", 4, processes=2, precision="fp32-master"),
+    ours("8b fsdp x2", "llama-8b", 4, processes=2, precision="fp32-master", recompute="pointwise"),
     case(
         "8b trl+liger x2",
         "trl",
@@ -51,8 +51,9 @@ SPEED_2 = [
         padding_free=False,
     ),
 ]
-SWEEP_8B = [  # with `8b fsdp`: eight settings
-    ours("8b fsdp none 2", "llama-8b", 2),
+SWEEP_8B = [  # with `8b fsdp`: nine settings
+    ours("8b fsdp pointwise 4", "llama-8b", 4, recompute="pointwise"),
+    ours("8b fsdp pointwise 2", "llama-8b", 2, recompute="pointwise"),
     ours("8b fsdp selective 4", "llama-8b", 4, recompute="selective"),
     ours("8b fsdp full 4", "llama-8b", 4, recompute="full"),
     ours("8b fsdp full 8", "llama-8b", 8, recompute="full"),
