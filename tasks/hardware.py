@@ -74,11 +74,12 @@ class Hardware(Section):
                 f"backend unsloth trains on one GPU, this row has {self.world_size}; use backend: fsdp", "backend"
             )
         if self.recompute == "unsloth" and self.backend != "unsloth":
-            raise Misplaced("recompute unsloth is Unsloth's own; with backend fsdp: none, pointwise, selective, full", "recompute")  # fmt: skip
+            others = "none, pointwise, selective, full"
+            raise Misplaced(f"recompute unsloth is Unsloth's own; with backend fsdp: {others}", "recompute")
 
         if self.recompute == "pointwise" and not self.compiles:
-            raise Misplaced("recompute pointwise is the compiler's choice: on a GPU, with 'compile' and not in fp32 unless "
-                            "compile is true; else none, selective, full", "recompute")  # fmt: skip
+            raise Misplaced("recompute pointwise is left to the compiler, and these layers are not compiled (in fp32 and on "
+                            "CPUs only with compile: true); else none, selective, full", "recompute")  # fmt: skip
 
     def _check_offload(self) -> None:
         if self.offload == "none":

@@ -16,7 +16,8 @@ from tasks.choose import Choice, predicted
 from tasks.errors import UserError
 from tasks.stage import OOM
 
-LESS = {"none": "pointwise", "pointwise": "selective", "selective": "full"}  # the recompute that keeps less; Unsloth's keeps least
+# The recompute that keeps less; Unsloth's keeps least.
+LESS = {"none": "pointwise", "pointwise": "selective", "selective": "full"}
 
 
 class OutOfMemory(RuntimeError):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
 from tasks import launch  # noqa: E402
+from tasks.execute import compute  # noqa: E402
+from tasks.plan import Planned  # noqa: E402
 from tasks.stage import read_artifact, read_order, write_order  # noqa: E402
 from tasks.training.attention import ISOLATED, attention_plan, isolated_attention  # noqa: E402
 from tasks.training.linear_loss import linear_cross_entropy  # noqa: E402
@@ -78,15 +82,20 @@ def test_fused_loss_equals_the_plain_one_in_bf16() -> None:
         assert (one.float() - other.float()).norm() < 0.02 * other.float().norm()
 
 
-def assert_equal_but_for_ties(moment: torch.Tensor, theirs: Any, ours: Any) -> None:
-    """A value in the middle between two codes may take either; bf16 gradients, of 8 bits, meet many on the first step."""
+def assert_equal_but_for_ties(old: torch.Tensor, new: torch.Tensor, beta: float, theirs: Any, ours: Any) -> None:
+    """A moment in the middle between two codes may take either; bf16 gradients, of 8 bits, meet many on the first step.
+
+    What float32 loses is in proportion to what is added up, and the sum may be small.
+    """
     torch.testing.assert_close(theirs.scale, ours.scale, rtol=1e-5, atol=0)
-    share = (moment.flatten().view(-1, 256) / theirs.scale.view(-1, 1)).flatten()
+    scale = theirs.scale.repeat_interleave(256)
+    share, size = (x.flatten() / scale for x in (torch.lerp(new, old, beta), new.abs() + old.abs()))
     a, b = theirs.codes.flatten().int(), ours.codes.flatten().int()
     middle = (theirs.qmap[a] + theirs.qmap[b]) / 2
     apart = a != b
     assert ((a - b).abs() <= 1).all() and float(apart.float().mean()) < 0.01
-    assert ((share - middle).abs() <= 2e-6 * middle.abs())[apart].all(), "only ties are decided differently"
+    off = ((share - middle).abs() / (size + middle.abs()))[apart]
+    assert (off <= 2e-6).all(), f"only ties are decided differently: {off.max():.1e}"
 
 
 def test_our_step_of_the_8_bit_optimizer_is_torchaos() -> None:
@@ -100,15 +109,16 @@ def test_our_step_of_the_8_bit_optimizer_is_torchaos() -> None:
     ours = StochasticAdamW8bit(second, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
     powers = {"exp_avg": (0.9, 1), "exp_avg_sq": (0.95, 2)}  # the mean of the gradient, and of its square
     for step in range(3):
-        before = []
+        before: list[dict[str, torch.Tensor]] = []
         for p, q in zip(first, second, strict=True):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
             q.data.copy_(p.data)  # each step from the same place: what is random must not add up
-            before.append({})
+            before.append(dict.fromkeys(powers, torch.zeros_like(p.grad.float())))
             for name in powers if step else ():
                 ours.state[q][name].copy_(theirs.state[p][name])
-                before[-1][name] = theirs.state[p][name].dequantize().float() if p.numel() >= 4096 else None
+                if p.numel() >= 4096:
+                    before[-1][name] = theirs.state[p][name].dequantize().float()
         theirs.step()
         ours.step()
         for p, q, old in zip(first, second, before, strict=True):
@@ -116,8 +126,7 @@ def test_our_step_of_the_8_bit_optimizer_is_torchaos() -> None:
                 a, b = theirs.state[p][name], ours.state[q][name]
                 assert hasattr(a, "codes") == hasattr(b, "codes") == (p.numel() >= 4096)
                 if hasattr(a, "codes"):
-                    moment = torch.lerp(p.grad.float() ** power, old.get(name, torch.zeros_like(p.grad.float())), beta)
-                    assert_equal_but_for_ties(moment, a, b)
+                    assert_equal_but_for_ties(old[name], p.grad.float() ** power, beta, a, b)
             difference = (p.detach() - q.detach()).float()
             assert difference.any(), "the rounding is random"
             # A step is 1e-3: of a weight near zero, the larger side of its way counts.
@@ -226,3 +235,39 @@ def test_gpus_read_their_shards_as_they_were_read_whole(precision: str, tmp_path
     if precision == "fp32-master":
         one, other = weights(stages["shards"]), weights(stages["whole"])
         assert max(float((one[name] - other[name]).abs().max()) for name in one) < 2e-4
+
+
+HOLD = """
+import sys, torch
+torch.zeros(1, device="cuda")
+held = torch.empty(torch.cuda.mem_get_info()[0] - 4 * 2**30, dtype=torch.uint8, device="cuda")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_gpu_that_is_full_is_tried_with_half_the_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process leaves 4 GiB of the GPU; 1,024 rows would take about 8."""
+    pytest.importorskip("torchao")
+    base = make_model(tmp_path / "base", hidden_size=512, intermediate_size=2048, num_hidden_layers=4,
+                      num_attention_heads=8, num_key_value_heads=4)  # fmt: skip
+    prepared = make_prepared(tmp_path / "prepare_cpt-test", pack(make_documents(12_000))[:3072])
+    how = {"device": "cuda", "precision": "bf16-stochastic", "compile": False, "on_oom": "retry"}
+    straight = make_stage(tmp_path / "straight", base, prepared, how | {"microbatch_rows": 128}, batch_tokens=65_536)
+    assert run_worker(straight) == 0, (straight / "worker.log").read_text()[-2000:]
+
+    order = read_order(make_stage(tmp_path / "full", base, prepared, how | {"microbatch_rows": 1024}, batch_tokens=65_536))
+    planned, said = Planned(order, order.directory(tmp_path / "full"), ("not yet run",)), []
+    (planned.directory / "order.json").unlink()
+    planned.directory.rmdir()
+    monkeypatch.setattr("tasks.execute.upstream", lambda *_: {})  # the prepared rows lie elsewhere
+    with subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout and holder.stdout.readline() == b"held\n"
+        compute([planned], "tasks.training", said.append)
+        holder.communicate()
+    assert any("ran out of GPU memory at step 1 with 1024 rows a micro-batch" in line for line in said), said
+    assert read_artifact(planned.directory)["how"]["microbatch_rows"] in (256, 512)
+    curves = [[(line["step"], line["supervised_tokens"], line["loss"]) for line in read_metrics(stage)]
+              for stage in (straight, planned.directory)]  # fmt: skip
+    assert len(curves[0]) == 3 and [line[:2] for line in curves[0]] == [line[:2] for line in curves[1]]
+    assert max(abs(b[2] / a[2] - 1) for a, b in zip(*curves, strict=True)) < 0.01
