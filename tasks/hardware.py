@@ -78,8 +78,8 @@ class Hardware(Section):
             raise Misplaced(f"recompute unsloth is Unsloth's own; with backend fsdp: {others}", "recompute")
 
         if self.recompute == "pointwise" and not self.compiles:
-            raise Misplaced("recompute pointwise is left to the compiler, and these layers are not compiled (in fp32 and on "
-                            "CPUs only with compile: true); else none, selective, full", "recompute")  # fmt: skip
+            raise Misplaced("recompute pointwise is the compiler's, and these layers are not compiled (in fp32 and "
+                            "on CPUs only with compile: true); else none, selective, full", "recompute")  # fmt: skip
 
     def _check_offload(self) -> None:
         if self.offload == "none":

@@ -42,6 +42,14 @@ BAD = {
     "unsloth on two GPUs": (f"backend: unsloth, {GPU}, processes: 2", ["box.backend", "one GPU, this row has 2"]),
     "unsloth on two nodes": (f"backend: unsloth, {GPU}, nodes: 2", ["box.backend", "one GPU, this row has 2"]),
     "Unsloth's recompute elsewhere": (f"backend: fsdp, {GPU}, recompute: unsloth", ["box.recompute", "selective"]),
+    "pointwise, not compiled": (
+        f"backend: fsdp, {GPU}, recompute: pointwise, precision: fp32",
+        ["box.recompute", "not compiled"],
+    ),
+    "pointwise, told not to compile": (
+        f"backend: fsdp, {GPU}, recompute: pointwise, compile: false",
+        ["box.recompute", "not compiled"],
+    ),
     "offload with unsloth": (f"backend: unsloth, {GPU}, offload: cpu", ["box.offload", "backend fsdp"]),
     "offload on a CPU": ("backend: fsdp, device: cpu, offload: cpu", ["box.offload", "device cuda"]),
     "8-bit states on the host": (

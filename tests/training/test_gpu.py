@@ -256,7 +256,9 @@ def test_a_gpu_that_is_full_is_tried_with_half_the_micro_batch(tmp_path: Path, m
     straight = make_stage(tmp_path / "straight", base, prepared, how | {"microbatch_rows": 128}, batch_tokens=65_536)
     assert run_worker(straight) == 0, (straight / "worker.log").read_text()[-2000:]
 
-    order = read_order(make_stage(tmp_path / "full", base, prepared, how | {"microbatch_rows": 1024}, batch_tokens=65_536))
+    order = read_order(
+        make_stage(tmp_path / "full", base, prepared, how | {"microbatch_rows": 1024}, batch_tokens=65_536)
+    )
     planned, said = Planned(order, order.directory(tmp_path / "full"), ("not yet run",)), []
     (planned.directory / "order.json").unlink()
     planned.directory.rmdir()
