@@ -172,6 +172,7 @@ def _kept_by_a_layer(shape: ModelShape, setting: Setting) -> float:
     a_token = elements * product + 2 * shape.hidden * stream + 4 * shape.heads
     if setting.compile and setting.recompute == "none":
         a_token += (2 * shape.hidden + shape.mlp) * product
+        a_token += (shape.queries + shape.keys) * product if shape.norms_queries_and_keys else 0  # before their norms
     if not setting.compile:
         widened = 4.0 if product < 4 else 0.0
         a_token += 2 * shape.hidden * (2 * product + widened)

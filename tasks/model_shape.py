@@ -38,6 +38,7 @@ class ModelShape:
     tied: bool  # the last layer is the embedding
     layer_parameters: int
     parameters: int
+    norms_queries_and_keys: bool = False  # before the attention
 
     @property
     def embedding(self) -> int:
@@ -112,7 +113,8 @@ def shape_of(config: dict[str, Any], where: str = "config.json") -> ModelShape:
     if config.get("mlp_bias"):
         layer += 2 * mlp + hidden
     parameters = layers * layer + vocabulary * hidden * (1 if tied else 2) + hidden
-    return ModelShape(hidden, mlp, queries, keys, heads, vocabulary, layers, tied, layer, parameters)
+    norms = kind in NORMS_OF_QUERIES_AND_KEYS
+    return ModelShape(hidden, mlp, queries, keys, heads, vocabulary, layers, tied, layer, parameters, norms)
 
 
 def tensor_sizes(folder: Path) -> dict[str, int]:

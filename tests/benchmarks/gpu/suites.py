@@ -61,6 +61,12 @@ SWEEP_8B = [  # with `8b fsdp`: nine settings
     ours("8b fsdp master full 1", "llama-8b", 1, recompute="full", precision="fp32-master"),
     ours("8b fsdp selective 2", "llama-8b", 2, recompute="selective"),
 ]
+SWEEP_SMALL = [  # with those of `small`
+    ours("1b fsdp pointwise 4", "llama-1b", 4, recompute="pointwise"),
+    ours("0.6b fsdp pointwise 4", "qwen3-0.6b", 4, recompute="pointwise"),
+    ours("1b fsdp full 8", "llama-1b", 8, recompute="full"),
+    ours("1b fsdp fp32 2", "llama-1b", 2, precision="fp32", compile=False),
+]
 LONG: Case = {"seq_len": 65_536, "rows_per_step": 1, "steps": 5}
 SMALL = [
     ours("1b unsloth", "llama-1b", 4, backend="unsloth"),
@@ -129,4 +135,10 @@ def updates(rate: float) -> list[Case]:
 
 
 EXACT = [PRETRAIN, *updates(5e-6), *updates(2e-5)]
-SUITES = {"speed": [*SPEED_2, *SPEED_8B], "sweep": SWEEP_8B, "small": SMALL, "curves": CURVES, "exact": EXACT}
+SUITES = {
+    "speed": [*SPEED_2, *SPEED_8B],
+    "sweep": [*SWEEP_8B, *SWEEP_SMALL],
+    "small": SMALL,
+    "curves": CURVES,
+    "exact": EXACT,
+}
