@@ -169,13 +169,14 @@ def _kept_by_a_layer(shape: ModelShape, setting: Setting) -> float:
     """
     product, stream = _product_bytes(setting), stream_bytes(setting)
     elements = 2 * shape.queries + 2 * shape.keys + 2 * shape.mlp
+    normed = shape.queries + shape.keys if shape.norms_queries_and_keys else 0
+    elements += normed  # queries and keys before their norms
     a_token = elements * product + 2 * shape.hidden * stream + 4 * shape.heads
     if setting.compile and setting.recompute == "none":
         a_token += (2 * shape.hidden + shape.mlp) * product
-        a_token += (shape.queries + shape.keys) * product if shape.norms_queries_and_keys else 0  # before their norms
     if not setting.compile:
         widened = 4.0 if product < 4 else 0.0
-        a_token += 2 * shape.hidden * (2 * product + widened)
+        a_token += (2 * shape.hidden + normed) * (2 * product + widened)
         repeated = 2 * (shape.queries - shape.keys) if product == 4 else 0
         a_token += (repeated + shape.queries + 2 * shape.mlp) * product
     return setting.tokens * a_token

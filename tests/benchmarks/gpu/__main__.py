@@ -112,7 +112,7 @@ class Runner:
         return process.poll() is not None
 
     def _collect(self, name: str) -> None:
-        process, gpus, case, _ = self.running.pop(name)
+        process, gpus, case, ends = self.running.pop(name)
         self.free += gpus
         path, log = self.work / f"{name}.json", self.out / f"{name}.log"
         if path.exists():
@@ -125,6 +125,8 @@ class Runner:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             errors = [line for line in lines if "Error" in line and "ChildFailed" not in line]
             result = {"name": name, "failed": (errors or lines or [f"ended with {process.returncode}"])[-1][:240]}
+            if time.monotonic() > min(self.deadline, ends):
+                result["failed"] = "not done when its time was up; last: " + result["failed"]
         self.results.append(result)
         print("  ".join(f"{column}={result[column]}" for column in COLUMNS if column in result), flush=True)
         self.write()

@@ -35,7 +35,7 @@ SPEED_8B = [
     case("8b raw unsloth best", "unsloth", "llama-8b", microbatch_rows=2),
     case("8b trl+liger", "trl", "llama-8b", microbatch_rows=2),
     case("8b trl+liger+flex", "trl", "llama-8b", microbatch_rows=2, attention="flex_attention"),
-    case("8b bare loop", "bare", "llama-8b", microbatch_rows=4),
+    case("8b bare loop", "bare", "llama-8b", microbatch_rows=4, precision="bf16-stochastic"),
 ]
 SPEED_2 = [
     ours("8b fsdp x2", "llama-8b", 4, processes=2, precision="fp32-master", recompute="pointwise"),
