@@ -15,7 +15,7 @@ from pathlib import Path
 from tasks.memory import STATE_BYTES, Setting, stream_bytes
 from tasks.model_shape import ModelShape
 
-# Python, torch, CUDA's context, compiled code: 1.1 to 1.7 GiB measured; in 3 of 30 runs 4 more, which we cannot explain.
+# Python, torch, CUDA's context, compiled code: 1.1 to 1.7 GiB measured; in 3 of 30 runs 4 more, not explained.
 PROCESS_BYTES = 2.0 * 2**30
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 

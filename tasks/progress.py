@@ -55,7 +55,8 @@ class Progress:
         self.last_line_at = now
         since_start = now - self.started_at
         steps_here = done - self.first  # a resumed run must not count the steps of its predecessor
-        eta_seconds = since_start / steps_here * (self.total - done) if steps_here else float("nan")
+        eta_seconds = since_start / steps_here * (self.total - done) if steps_here else math.nan
+        eta_seconds = 0.0 if done >= self.total else eta_seconds
         parts = [f"{self.what} {done:,}/{self.total:,}", f"{done / max(1, self.total):4.0%}"]
         parts += [f"{name} {value}" if name else value for name, value in extra.items()]
         say(f"{self.stage:<14}" + "  ".join([*parts, f"ETA {clock(eta_seconds)}"]))

@@ -43,9 +43,9 @@ class StepLog(TrainerCallback):
         self.health.recall([line for line in read_metrics(self.directory) if line["step"] <= first_step])
         if self.is_main:
             self.metrics = MetricsLog(self.directory, first_step, self.report_to)
-        self.progress = Progress(self.stage, "step", self.num_steps, first=first_step)
-        self.num_tokens, self.saved_at = 0, time.monotonic()
-        self.started_at = self.step_started_at = time.monotonic()
+        self.progress: Progress | None = None
+        self.num_tokens = 0
+        self.saved_at = self.warm_at = self.step_started_at = time.monotonic()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Sum up the step over all processes; refuse or leave out a broken one before it reaches the weights."""
@@ -100,7 +100,10 @@ class StepLog(TrainerCallback):
             "loss_by_source": {name: loss for name, loss in result.loss_by_source.items() if math.isfinite(loss)},
         }
         self.metrics.write(line | ({"skipped": self.skipped} if self.skipped else {}))
-        speed = self.num_tokens / (time.monotonic() - self.started_at)
+        speed = self.num_tokens / (time.monotonic() - self.warm_at)
+        if self.progress is None:  # the first step also compiled, and says little of the others' time
+            self.progress = Progress(self.stage, "step", self.num_steps, first=step)
+            self.num_tokens, self.warm_at = 0, time.monotonic()
         self.progress.update(step, loss=f"{result.loss:.3f}", lr=f"{self.lr:.1e}", **{"": f"{speed:,.0f} tok/s"})
 
     def _say(self, text: str) -> None:
