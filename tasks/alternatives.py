@@ -37,7 +37,7 @@ def nearest_that_fit(tag: str, hardware: Hardware, job: Job) -> list[str]:
     if not found and free != hardware:
         found += _fitting(ALL_THREE, free, job)
     if hardware.offload == "none":
-        found += _fitting("backend: fsdp and offload: cpu", free.model_copy(update=_OFFLOADED), job)
+        found += _fitting(f"backend: fsdp, offload: cpu, {ALL_THREE}", free.model_copy(update=_OFFLOADED), job)
     return found + (_other_tags(tag, job)[:2] or _more_gpus(free, job))
 
 

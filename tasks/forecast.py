@@ -108,6 +108,8 @@ def _time(planned: Planned) -> str:
     assert choice.job is not None
     if choice.speed is None or choice.hardware.card is None:
         return "no time predicted: the card is not in tasks/cards.py"
+    if choice.hardware.offload != "none":
+        return "no time predicted: what offloading costs was never measured"
     rate, tokens = choice.speed.tokens_per_second, _tokens(planned)
     mfu = _mfu(choice.hardware, choice.job.shape.flops_per_token(MEAN_CONTEXT), rate)
     lasts = f"{tokens:,} tokens in {say_time(tokens / rate)}" if tokens else "time known once its rows are prepared"

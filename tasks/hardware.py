@@ -74,7 +74,7 @@ class Hardware(Section):
                 f"backend unsloth trains on one GPU, this row has {self.world_size}; use backend: fsdp", "backend"
             )
         if self.recompute == "unsloth" and self.backend != "unsloth":
-            others = "none, pointwise, selective, full"
+            others = "none, pointwise, selective, full" if self.compiles else "none, selective, full"
             raise Misplaced(f"recompute unsloth is Unsloth's own; with backend fsdp: {others}", "recompute")
 
         if self.recompute == "pointwise" and not self.compiles:

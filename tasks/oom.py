@@ -82,7 +82,7 @@ def _smaller(how: dict[str, Any]) -> list[str]:
     if recompute in less:
         steps.append(f"recompute: {less[recompute]}")
     if how.get("device") == "cuda" and how.get("offload") != "cpu":  # the 8-bit optimizer does not run in host memory
-        if how.get("precision") in ("fp32", "fp32-master"):
+        if how.get("precision") in ("fp32", "fp32-master", "bf16"):
             steps.append("precision: bf16-stochastic")
         if how.get("backend") == "fsdp":
             rounded = how.get("precision") == "bf16-stochastic"

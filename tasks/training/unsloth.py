@@ -3,7 +3,7 @@
 Unsloth goes first: it patches transformers and TRL when it is imported, so `start_process` imports it before anything
 else of ours does. What it would decide is decided here or in `make_config`: it trains our rows in our order, with our
 attention, loss, schedule and optimizer. A full fine-tune takes Unsloth's generic path, which compiles the pieces of a
-layer one by one; we compile whole layers in its place (measured: README, Speed).
+layer one by one; we compile whole layers in its place (measured: README, "On GPUs, measured").
 
 Never in one process with FSDP. Some of unsloth_zoo's files are under AGPL-3.0: an extra that one installs by name.
 """

@@ -64,8 +64,9 @@ def test_float32_master_weights_where_they_fit_and_else_stochastic_rounding() ->
 
 def test_recompute_is_taken_where_memory_asks_for_it() -> None:
     roomy = choose("box", row(memory_gib=139, precision="bf16-stochastic"), JOB_8B)
+    less = choose("box", row(memory_gib=110, precision="bf16-stochastic", microbatch_rows=4), JOB_8B)
     tight = choose("box", row(memory_gib=62, precision="bf16-stochastic"), JOB_8B)
-    assert roomy.how["recompute"] == "none"
+    assert roomy.how["recompute"] == "none" and less.how["recompute"] == "pointwise"
     assert tight.how["recompute"] in ("selective", "full")
 
 
@@ -94,7 +95,7 @@ UNFIT: dict[str, tuple[dict[str, Any], Job, list[str]]] = {
              ["microbatch_rows: ", "recompute: ", "GiB a GPU with bf16-stochastic, recompute none, 8 rows"]),
     "precision": ({"precision": "fp32-master", "recompute": "none", "microbatch_rows": 2, "memory_gib": 79}, JOB_8B,
                   ["precision: bf16-stochastic", "offload: cpu", "--hardware"]),
-    "everything": ({"memory_gib": 23.5, "backend": "unsloth"}, JOB_8B, ["at the least", "backend: fsdp and offload: cpu", "--hardware 1xa100-80gb"]),
+    "everything": ({"memory_gib": 23.5, "backend": "unsloth"}, JOB_8B, ["at the least", "backend: fsdp, offload: cpu, microbatch_rows: 1", "--hardware 1xa100-80gb"]),
     "GPUs": ({"memory_gib": 23.5, "processes": 2, "offload": "cpu", "card": "rtx-3090"}, JOB_70B, ["--hardware 8xa100-80gb"]),
     "more of these": ({"memory_gib": 79, "processes": 8}, Job(replace(JOB_70B.shape, num_layers=320, parameters=280_000_000_000), 4096, 64),
                       ["of these GPUs"]),
@@ -159,7 +160,7 @@ def test_computing_again_is_never_predicted_to_be_faster(job: Job, backend: str)
     for precision in ("fp32-master", "bf16-stochastic"):
         setting = Setting(backend, precision, "none", 2, 4096, accumulation=8)
         kept = predict_speed(job.shape, setting, "h200", 16).tokens_per_second
-        for recompute in ("selective", "full"):
+        for recompute in ("pointwise", "selective", "full"):
             assert predict_speed(job.shape, replace(setting, recompute=recompute), "h200", 16).tokens_per_second <= kept
 
 

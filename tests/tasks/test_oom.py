@@ -91,6 +91,14 @@ def test_a_worker_that_could_not_write_is_understood_by_its_exit_code() -> None:
             "offload: cpu with precision: fp32-master",
         ),
         (
+            {"backend": "unsloth", "recompute": "none", "precision": "bf16-stochastic", "compile": True},
+            "recompute: pointwise",
+        ),
+        (
+            {"backend": "unsloth", "recompute": "pointwise", "precision": "bf16", "compile": True},
+            "recompute: selective, or precision: bf16-stochastic",
+        ),
+        (
             {"backend": "fsdp", "recompute": "selective", "precision": "fp32-master", "offload": "cpu"},
             "recompute: full",
         ),

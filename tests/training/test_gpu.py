@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,6 +27,7 @@ from tasks.training.attention import ISOLATED, attention_plan, isolated_attentio
 from tasks.training.linear_loss import linear_cross_entropy  # noqa: E402
 from tasks.training.metrics import read_metrics  # noqa: E402
 from tasks.training.stochastic import StochasticAdamW8bit  # noqa: E402
+from tests.benchmarks.gpu.tables import check_curve, differences  # noqa: E402
 from tests.training.conftest import (  # noqa: E402
     finish_worker,
     make_documents,
@@ -273,3 +275,39 @@ def test_a_gpu_that_is_full_is_tried_with_half_the_micro_batch(tmp_path: Path, m
               for stage in (straight, planned.directory)]  # fmt: skip
     assert len(curves[0]) == 3 and [line[:2] for line in curves[0]] == [line[:2] for line in curves[1]]
     assert max(abs(b[2] / a[2] - 1) for a, b in zip(*curves, strict=True)) < 0.01
+
+
+@pytest.mark.parametrize("recompute", ["none", "pointwise", "selective", "full"])
+def test_compiled_layers_learn_what_the_others_do(recompute: str, tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    prepared = make_prepared(tmp_path / "prepare_cpt-test", pack(make_documents(240))[:84])
+    curves = []
+    for how in ({"compile": False}, {"compile": True, "recompute": recompute}):
+        stage = make_stage(tmp_path / str(how["compile"]), base, prepared,
+                           {"device": "cuda", "precision": "fp32-master", "microbatch_rows": 2} | how)  # fmt: skip
+        assert run_worker(stage) == 0, (stage / "worker.log").read_text()[-2000:]
+        curves.append([line["loss"] for line in read_metrics(stage)])
+    assert len(curves[0]) == 21 and abs(curves[1][0] / curves[0][0] - 1) < 2e-3
+    assert max(abs(b / a - 1) for a, b in zip(*curves, strict=True)) < 0.01
+
+
+@pytest.mark.timeout(900)
+def test_one_recipe_gives_one_curve_here_too(tmp_path: Path) -> None:
+    """The embedded example, 200 steps, by both backends on this machine's CPU, one GPU and two; `make benchmark-gpu` does
+    the same with a model of 100M parameters."""
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("Unsloth is not installed")
+    out = ["--slots", "4", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    subprocess.run([sys.executable, "-m", "tests.benchmarks.gpu", "curves", "--only", "example", *out], check=True)
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out/results.json").read_text())["rows"]}
+    assert not [row for row in rows.values() if "failed" in row]
+    found = list(differences(rows))
+    assert {one.kind for one in found} >= {
+        "fp32 cpu 4",
+        "fp32 unsloth 8",
+        "fp32 fsdp 1",
+        "master unsloth 8",
+        "master fsdp 2",
+    }
+    for one in found:
+        check_curve(one)

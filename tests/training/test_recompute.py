@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tasks.training.attention import ISOLATED, attention_plan
 from tasks.training.loss import token_losses
-from tasks.training.recompute import wrap_layers
+from tasks.training.recompute import KINDS, wrap_layers
 from tasks.training.rows import load_rows, make_collate
 from tests.training.conftest import make_documents, pack, write_rows
 
@@ -75,3 +75,33 @@ def test_compiled_layers_share_one_function_and_change_nothing(
         assert len(functions) == 1 and len(wrapped.model.layers) > 1
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_compiled_layers_keep_less_from_kind_to_kind_and_learn_the_same(
+    base: Path, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_with = torch.compile  # with the compiler's choice of what to keep, and without its kernels
+    monkeypatch.setattr(torch, "compile", lambda forward: compile_with(forward, backend="aot_eager_decomp_partition"))
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation=ISOLATED)
+    kept, gradients = [], []
+    for kind in KINDS:
+        torch._dynamo.reset()
+        wrapped = copy.deepcopy(model)
+        wrap_layers(wrapped, kind, compile_layers=True)
+        weights = {p.untyped_storage().data_ptr() for p in wrapped.parameters()}
+        saved: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, weights: set[int] = weights, saved: dict[int, int] = saved) -> torch.Tensor:
+            if (place := tensor.untyped_storage().data_ptr()) not in weights:
+                saved[place] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = token_losses(wrapped, batch)[0]
+        loss.backward()
+        kept.append(sum(saved.values()))
+        gradients.append([p.grad for p in wrapped.parameters()])
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == len(KINDS), dict(zip(KINDS, kept, strict=True))
+    for others in gradients[1:]:
+        for ours, theirs in zip(others, gradients[0], strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)

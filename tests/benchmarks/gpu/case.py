@@ -108,6 +108,9 @@ def run_bare(case: dict[str, Any], work: Path) -> dict[str, Any]:
     optimizer = StochasticAdamW8bit(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
     rows = load_rows(Path(case["prepared"]) / "rows.arrow", filler_token=1)
     plan = attention_plan(model.config._attn_implementation, "cuda", bf16=True)
+    if not case.get("isolated", True):  # a row is one document for the attention, as where borders are ignored
+        by_document = plan
+        plan = lambda lengths: by_document([seq_len] * (sum(lengths) // seq_len))  # noqa: E731
     collate = make_collate(plan, fill_to=micro * seq_len, longest=seq_len)
     steps, losses = _Steps(), []
     for step in range(case["steps"]):
@@ -215,7 +218,8 @@ def _watched(trainer: Any, steps: _Steps) -> Any:
 
     class Watch(TrainerCallback):
         def now(self) -> float:
-            torch.cuda.synchronize()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             return time.monotonic()
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

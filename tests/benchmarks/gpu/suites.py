@@ -36,6 +36,14 @@ SPEED_8B = [
     case("8b trl+liger", "trl", "llama-8b", microbatch_rows=2),
     case("8b trl+liger+flex", "trl", "llama-8b", microbatch_rows=2, attention="flex_attention"),
     case("8b bare loop", "bare", "llama-8b", microbatch_rows=4, precision="bf16-stochastic"),
+    case(
+        "8b bare loop, borders ignored",
+        "bare",
+        "llama-8b",
+        microbatch_rows=4,
+        precision="bf16-stochastic",
+        isolated=False,
+    ),
 ]
 SPEED_2 = [
     ours("8b fsdp x2", "llama-8b", 4, processes=2, precision="fp32-master", recompute="pointwise"),
@@ -51,7 +59,7 @@ SPEED_2 = [
         padding_free=False,
     ),
 ]
-SWEEP_8B = [  # with `8b fsdp`: nine settings
+SWEEP_8B = [  # with `8b fsdp` and `8b unsloth`: ten settings
     ours("8b fsdp pointwise 4", "llama-8b", 4, recompute="pointwise"),
     ours("8b fsdp pointwise 2", "llama-8b", 2, recompute="pointwise"),
     ours("8b fsdp selective 4", "llama-8b", 4, recompute="selective"),
@@ -113,6 +121,7 @@ CURVES = [
     PRETRAIN,
     *curves("100m-trained", "base-100m", what={"learning_rate": 2e-5}, after=PRETRAIN["name"]),
     *curves("example", "data/regulator/base"),
+    ours("example fp32 cpu 4", "data/regulator/base", 4, device="cpu", precision="fp32", compile=False, **CURVE),
 ]
 
 # --- exact updates ---------------------------------------------------------------------------------------------------
