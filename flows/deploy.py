@@ -67,7 +67,8 @@ def deploy(api_url: str, root: Path | None = None) -> None:
         for pool in pools():
             limit_pool(client, pool, POOL_LIMITS.get(pool, 1))
         automate(client)
-    run_prefect("deploy", "--all", "--prefect-file", str(PREFECT_FILE), STEEP_ROOT=str(root or Path.cwd()))
+    starts_in = root or os.environ.get("STEEP_ROOT") or Path.cwd()
+    run_prefect("deploy", "--all", "--prefect-file", str(PREFECT_FILE), STEEP_ROOT=str(starts_in))
     print(f"deployed to {api_url}: pools {', '.join(pools())}; see {PREFECT_FILE}")
 
 

@@ -6,7 +6,8 @@
     python -m flows.pipeline --config ... --force sft         again, though it stands; the old one is set aside
     python -m flows.pipeline --config ... --plan              what would run and why; runs nothing
 
-Exit codes: 0 done; 2 bad input; 75 stopped with a checkpoint saved, run again to resume; 1 anything else; 130 Ctrl-C.
+Exit codes: 0 done; 2 bad input; 75 a worker was stopped and saved a checkpoint, run again to resume; 1 anything else;
+130 Ctrl-C. A SIGTERM to the pipeline itself ends it by that signal (143), once its worker has saved.
 """
 
 from __future__ import annotations

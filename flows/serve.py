@@ -77,7 +77,7 @@ def _start(options: argparse.Namespace, services: list[Service]) -> None:
         registered = subprocess.run(_deploy_command(workers_are_ours), check=False)
     if registered.returncode:  # it has said why
         raise UserError("the deployments could not be registered", where="prefect.yaml")
-    started = options.pools or pools_of_this_machine()
+    started = pools_of_this_machine() if options.pools is None else options.pools
     for pool in started:
         _begin(_worker(pool, logs), services)
     _say(_page(url, files_url, database, started, logs))

@@ -26,6 +26,7 @@ from tasks.holder import open_locked, read_holder
 
 LIST = ["nvidia-smi", "-L"]
 TIMEOUT_SECONDS = 30
+DRIVER_NOT_LOADED = 9  # nvidia-smi(1), return value
 LOCKS = Path("/run/lock")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 POLL_SECONDS = 0.2
@@ -107,12 +108,20 @@ def listed() -> list[list[str]]:
     one last that CUDA takes for the card: its first.
 
     nvidia-smi knows of control groups: a job that Slurm gave the third card sees it as index 0, as CUDA does, while
-    /proc/driver/nvidia lists the whole machine. Empty without a driver.
+    /proc/driver/nvidia lists the whole machine. Empty where there is no nvidia-smi or no driver. Raises `UserError`
+    where it fails otherwise: by another name for the same GPU, two runs would each hold a lock of their own.
     """
     try:
-        said = subprocess.run(LIST, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
+        done = subprocess.run(LIST, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    except FileNotFoundError:
         return []
+    except (OSError, subprocess.SubprocessError) as error:
+        raise _unknown(str(error)) from None
+    if done.returncode == DRIVER_NOT_LOADED:
+        return []
+    if done.returncode:
+        raise _unknown((done.stdout + done.stderr).strip() or f"exit code {done.returncode}")
+    said = done.stdout
     cards: list[list[str]] = []
     for is_slice, uuid in re.findall(r"^( *)(?:GPU|MIG).*\(UUID: *([^)\s]+)\)", said, re.M):
         if not is_slice:
@@ -120,6 +129,12 @@ def listed() -> list[list[str]]:
         elif cards:
             cards[-1].insert(1, uuid)
     return cards
+
+
+def _unknown(said: str) -> UserError:
+    what = f"`{' '.join(LIST)}` fails, so which GPUs these are is not known: {said[:300]}"
+    return UserError(what, where="nvidia-smi",
+                     todo="look at the driver, and start it again when nvidia-smi answers")  # fmt: skip
 
 
 @contextmanager

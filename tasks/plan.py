@@ -113,6 +113,8 @@ def _settle(planned: Planned, run: Run, tag: str, hardware: Hardware, shape: Mod
 
 def select(plan: dict[str, Planned], only: str | None, until: str | None) -> list[str]:
     """The stages that --only or --until leave, in order."""
+    if only and until:
+        raise UserError("'only' is one stage, 'until' everything up to one", where="only, until", todo="give one")
     if only:
         return [stage for stage, planned in plan.items() if planned.group == only]
     groups = GROUPS[: GROUPS.index(until) + 1] if until else GROUPS

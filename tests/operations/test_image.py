@@ -65,7 +65,10 @@ def test_the_commit_comes_from_the_build_as_no_repository_is_in_the_image() -> N
 
 
 def test_it_is_a_tidy_image() -> None:
-    assert STEPS[-1] == ["USER", "steep"]  # not root
+    assert STEPS[-2] == ["USER", "steep"]  # not root
+    page = (ROOT / "flows/README.md").read_text()
+    assert "`terminationGracePeriodSeconds: 150` with `STEEP_GRACE_SECONDS=120`" in page  # around the guard's time
+    assert STEPS[-1] == ["ENTRYPOINT", '["python", "-m", "tasks.guard", "--grace", "135", "--"]']
     assert not re.search(r"latest|token|password|secret", TEXT, re.IGNORECASE)
     for step in steps("RUN"):
         if "apt-get install" in step:

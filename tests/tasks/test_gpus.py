@@ -163,6 +163,14 @@ def test_which_gpus_a_worker_books(monkeypatch: pytest.MonkeyPatch) -> None:
         gpus_of("tasks.training", TWO)
 
 
+def test_a_gpu_whose_name_is_not_known_is_not_booked_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show(tmp_path, "echo 'Unable to determine the device handle' >&2; exit 15", monkeypatch)
+    with pytest.raises(UserError, match=r"`nvidia-smi -L` fails.*Unable to determine the device handle"):
+        gpus_of("tasks.training", TWO)
+
+
 def test_an_index_and_a_uuid_are_one_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     show(tmp_path, cards("GPU-aaaa-0", "GPU-aaaa-1", "GPU-bbbb-2"), monkeypatch)
 

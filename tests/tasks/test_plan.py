@@ -120,6 +120,8 @@ def test_only_and_until_choose_stages(project: Path) -> None:
     assert select(everything, "cpt", None) == ["cpt"]
     assert select(everything, None, "cpt") == ["prepare_cpt", "prepare_sft", "cpt"]
     assert select(everything, "evaluate", None) == ["evaluate_base", "evaluate_cpt", "evaluate_sft"]
+    with pytest.raises(UserError, match="'only' is one stage, 'until' everything up to one"):  # a form cannot refuse it
+        select(everything, "cpt", "sft")
 
 
 # --- what a config refers to ----------------------------------------------------------------------------------------
