@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,9 +31,10 @@ class MetricsLog:
         kept = [line for line in read_metrics(directory) if line["step"] <= first_step]
         write_text(directory / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = (directory / METRICS).open("a", encoding="utf-8")
-        self.report_to, self.told, self.try_again_at = report_to, False, 0.0
+        self.directory, self.report_to, self.told, self.try_again_at = directory, report_to, False, 0.0
         self.open = partial(open_tracker, report_to, directory, first_step)
         self.board: Tracker | None = None
+        self.drawn = 0  # the last step that the tracker holds
         self._politely(lambda board: None)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -48,21 +50,30 @@ class MetricsLog:
 
     def close(self, **totals: float) -> None:
         """Write the figures of the whole stage and end."""
-        last = read_metrics(Path(self.file.name).parent)[-1]["step"]
+        last = read_metrics(self.directory)[-1]
         self.try_again_at = 0.0  # for the last time
         self._politely(lambda board: self._end(board, last, totals))
         self.file.close()
 
-    def _draw(self, board: Tracker, line: dict[str, Any]) -> None:
+    def _draw(self, board: Tracker, last: dict[str, Any]) -> None:
+        """Every step up to this one that the tracker lacks: a resume or a failure may have left out some."""
+        missed = last["step"] > self.drawn + 1
+        for line in read_metrics(self.directory) if missed else [last]:
+            if line["step"] > self.drawn:
+                self._draw_step(board, line)
+                self.drawn = line["step"]
+
+    def _draw_step(self, board: Tracker, line: dict[str, Any]) -> None:
         for name in ("loss", "lr", "grad_norm", "tokens_per_second"):
             if line[name] is not None:  # of a step that was skipped
                 board.add_scalar(name, line[name], line["step"])
         for source, loss in line["loss_by_source"].items():
             board.add_scalar(f"loss_by_source/{source}", loss, line["step"])
 
-    def _end(self, board: Tracker, last: int, totals: dict[str, float]) -> None:
+    def _end(self, board: Tracker, last: dict[str, Any], totals: dict[str, float]) -> None:
+        self._draw(board, last)
         for name, value in totals.items():
-            board.add_scalar(name, value, last)
+            board.add_scalar(name, value, last["step"])
         board.close()
 
     def _politely(self, deed: Callable[[Tracker], None]) -> None:
@@ -70,14 +81,16 @@ class MetricsLog:
         if time.monotonic() < self.try_again_at:
             return
         try:
-            self.board = self.board or self.open()
+            if self.board is None:
+                self.board, self.drawn = self.open()
             deed(self.board)
         except UserError:  # its package is not installed: that does not mend itself
             raise
         except Exception as error:
             self.try_again_at = time.monotonic() + SECONDS_WITHOUT_TRACKER
             if not self.told:
-                say(f"warning: {self.report_to} does not take the curves of this training: {error!r}. The training "
+                why = re.sub(r"//[^/@\s]+@", "//***@", repr(error))  # the address of a server may hold a password
+                say(f"warning: {self.report_to} does not take the curves of this training: {why}. The training "
                     f"goes on, and asks again now and then; every figure stands in {self.file.name}")  # fmt: skip
             self.told = True
 
