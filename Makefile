@@ -43,7 +43,7 @@ test-slow: $(STAMP) ## the slow ones
 
 test-operations: $(OPERATIONS) ## a real server, worker, schedule and browser; screenshots in .screenshots/
 	@tests/operations/install.sh
-	@$(RUN) -m pytest -m "operations" -rs tests/operations
+	@$(RUN) -m pytest -m "operations" -rs tests/operations && $(RUN) -m pytest -rs tests/training/test_trackers.py
 
 test-faults: $(STAMP) ## signals, full disks and damage at random moments (STEEP_FAULT_SEED=... replays); prints the table
 	@rm -f tests/faults/faults.json
