@@ -234,8 +234,8 @@ def test_a_service_stops_no_sooner_than_its_run_has_saved(monkeypatch: pytest.Mo
     assert seconds_to_stop() == 315
 
 
-def test_whoever_stops_a_worker_on_the_page_waits_longer_than_a_checkpoint_takes() -> None:
-    page = (ROOT / "flows/README.md").read_text()
+def test_whoever_stops_a_worker_on_the_pages_waits_longer_than_a_checkpoint_takes() -> None:
+    page = (ROOT / "flows/README.md").read_text() + (ROOT / "README.md").read_text()
     worker = units()[1]
     [saving] = map(int, re.findall(r"STEEP_GRACE_SECONDS=(\d+)", worker))
     [guard], [systemd] = re.findall(r"--grace (\d+)", worker), re.findall(r"TimeoutStopSec=(\d+)", worker)
