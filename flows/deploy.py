@@ -1,4 +1,4 @@
-"""Registers work pools, deployments and the heartbeat automation with the server at PREFECT_API_URL.
+"""Registers work pools, deployments and the automations for lost runs with the server at PREFECT_API_URL.
 
     PREFECT_API_URL=http://server:4200/api python -m flows.deploy          (make deploy)
 
@@ -21,7 +21,8 @@ from prefect.client.schemas.filters import (
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import State, StateType
+from prefect.client.schemas.objects import State, StateType, WorkPool
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
@@ -33,8 +34,11 @@ from tasks.errors import EXIT_USER_ERROR, UserError
 # Three heartbeats (every 30 s, see prefect.yaml) may be missed, and a server that was away for a minute hears the next
 # one before it judges. The automation looks every few seconds: with 90 s a killed run was Crashed after 89-94 s.
 SECONDS_WITHOUT_HEARTBEAT = 120
+# From Pending to the first heartbeat lie the imports: 5 to 10 s here, longer from a cold network disk.
+SECONDS_TO_BEGIN = 150
 ALIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
-AUTOMATION = "crashed-without-heartbeat"
+EVENT = "prefect.flow-run."
+HEARTBEAT = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
 
 
 def main() -> int:
@@ -66,9 +70,9 @@ def deploy(api_url: str, root: Path | None = None) -> None:
     with get_client(sync_client=True) as client:
         for pool in pools():
             limit_pool(client, pool, POOL_LIMITS.get(pool, 1))
+        starts_in = root or os.environ.get("STEEP_ROOT") or Path.cwd()
+        run_prefect("deploy", "--all", "--prefect-file", str(PREFECT_FILE), STEEP_ROOT=str(starts_in))
         automate(client)
-    starts_in = root or os.environ.get("STEEP_ROOT") or Path.cwd()
-    run_prefect("deploy", "--all", "--prefect-file", str(PREFECT_FILE), STEEP_ROOT=str(starts_in))
     print(f"deployed to {api_url}: pools {', '.join(pools())}; see {PREFECT_FILE}")
 
 
@@ -92,24 +96,69 @@ def limit_pool(client: SyncPrefectClient, name: str, limit: int) -> None:
 
 
 def automate(client: SyncPrefectClient) -> None:
-    """A run whose process vanished sends no heartbeat; without this it would be Running for ever."""
-    trigger = EventTrigger(
+    """Without these a run whose process vanished would be Pending or Running, and hold its slot, for ever."""
+    ours = client.read_deployments(work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=pools())))
+    at_once = begin_at_once([client.read_work_pool(pool) for pool in pools()], ours)
+    lost = ChangeFlowRunState(
+        state=StateType.CRASHED,
+        message=f"no heartbeat for {SECONDS_WITHOUT_HEARTBEAT} s; the next run resumes from what stands",
+    )
+    put_automation(client, "crashed-without-heartbeat", silence({"heartbeat"}, SECONDS_WITHOUT_HEARTBEAT), lost)
+    never_began = ChangeFlowRunState(
+        state=StateType.CRASHED,
+        message=f"it did not begin within {SECONDS_TO_BEGIN} s: its worker or its process is gone",
+    )
+    starting = silence({"Pending", "Submitting", "InfrastructurePending", "Running"}, SECONDS_TO_BEGIN, at_once)
+    put_automation(client, "crashed-before-heartbeat", starting, never_began)
+    # Prefect lets a run that is Cancelling become Cancelled and nothing else; by itself it does that after 300 s.
+    nobody = ChangeFlowRunState(state=StateType.CANCELLED, message="nobody was left who could have cancelled it")
+    put_automation(client, "cancelled-without-process", silence({"Cancelling"}, SECONDS_WITHOUT_HEARTBEAT), nobody)
+
+
+def silence(after: set[str], seconds: int, deployments: list[str] | None = None) -> EventTrigger:
+    """Fires where no event of a run follows one of these; of the runs of these deployments only (None: of all)."""
+    related = {"prefect.resource.role": "deployment", "prefect.resource.id": deployments}
+    return EventTrigger(
         posture=Posture.Proactive,
-        match={"prefect.resource.id": "prefect.flow-run.*"},
+        match={"prefect.resource.id": f"{EVENT}*"},
+        match_related={} if deployments is None else related,
         for_each={"prefect.resource.id"},
-        after={"prefect.flow-run.heartbeat"},
-        expect={"prefect.flow-run.*"},  # the next heartbeat, or the event of a final state, whatever its name
+        after={f"{EVENT}{name}" for name in after},
+        expect={f"{EVENT}*"},  # the next heartbeat, or the event of a state, whatever its name
         threshold=1,
-        within=SECONDS_WITHOUT_HEARTBEAT,
+        within=seconds,
     )
-    message = f"no heartbeat for {SECONDS_WITHOUT_HEARTBEAT} s; the next run resumes from what stands"
+
+
+def begin_at_once(work_pools: list[WorkPool], deployments: list[DeploymentResponse]) -> list[str]:
+    """The deployments whose runs begin as soon as they are Pending, and send heartbeats then.
+
+    One that Slurm (`srun` in the command) or Kubernetes starts may be Pending for hours: its queue is not Prefect's.
+    """
+    direct = set()
+    for pool in work_pools:
+        command = pool.base_job_template.get("job_configuration", {}).get("command", "{{ command }}")
+        variable = pool.base_job_template.get("variables", {}).get("properties", {}).get("command", {})
+        if pool.type == "process" and command == "{{ command }}" and not variable.get("default"):
+            direct.add(pool.name)
+    return [
+        f"prefect.deployment.{deployment.id}"
+        for deployment in deployments
+        if deployment.work_pool_name in direct
+        and not deployment.job_variables.get("command")
+        and HEARTBEAT in deployment.job_variables.get("env", {})
+    ]
+
+
+def put_automation(client: SyncPrefectClient, name: str, trigger: EventTrigger, action: ChangeFlowRunState) -> None:
+    """Create an automation, or bring the one of that name up to date."""
     wanted = AutomationCore(
-        name=AUTOMATION,
-        description="Marks a run Crashed whose process or machine is gone.",
+        name=name,
+        description="Ends a run whose process or machine is gone.",
         trigger=trigger,
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=message)],
+        actions=[action],
     )
-    standing = client.read_automations_by_name(AUTOMATION)
+    standing = client.read_automations_by_name(name)
     if standing:
         client.update_automation(standing[0].id, wanted)
     else:

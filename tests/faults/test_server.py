@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from flows.pools import POOL_LIMITS
 from tasks.stage import ARTIFACT, file_sha256, read_artifact
 from tests.conftest import laws, write_lines
 from tests.faults.table import Table
@@ -26,6 +28,7 @@ from tests.operations.conftest import FINAL, Served, forget, make_project, serve
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
 SECONDS_TO_CANCEL, SECONDS_TO_CRASHED = 15.0, 180.0
 STEPS = 1024
+ENDINGS = [signal.SIGTERM, signal.SIGINT, signal.SIGKILL]
 OF_A_RUN = ("-m tasks.", "guard.py", "prefect.engine", "flow-run execute", "flow_engine")
 
 
@@ -117,6 +120,25 @@ def kill(house: House, which: Callable[[str], bool], number: signal.Signals = si
         os.kill(pid, number)
 
 
+def lose(house: House) -> float:
+    """Kill the worker, then its runs, which it can report no more, as when their machine is gone; the moment of it."""
+    runs = set(house.of_a_run())
+    kill(house, lambda line: "worker start" in line)
+    for pid in runs | set(house.of_a_run()):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return time.monotonic()
+
+
+def until_shown(house: House, run_id: str, began: float, wanted: str = "Crashed") -> float:
+    """The seconds until a lost run is shown as what it is."""
+    wait_for(lambda: has_ended(house, run_id), SECONDS_TO_CRASHED + 30)
+    took = time.monotonic() - began
+    print(f"lost: shown as {state(house, run_id)} after {took:.0f} s")
+    assert state(house, run_id) == wanted and took <= SECONDS_TO_CRASHED
+    return took
+
+
 def state(house: House, run_id: str) -> str:
     return str(house.served.api(f"/flow_runs/{run_id}")["state_name"])
 
@@ -148,33 +170,48 @@ def test_a_lost_worker_leaves_a_crashed_run(house: House, table: Table, moment: 
     """Worker, flow run and trainer vanish together, as when their machine does."""
     fault = table.tried("worker and its run lost (SIGKILL of all of it): seconds until Crashed", "training")
     run_id, directory = begin(house, "lost", 12, moment)
-    began = time.monotonic()
-    runs = set(house.of_a_run())
-    kill(house, lambda line: "worker start" in line)
-    for pid in runs:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    wait_for(lambda: state(house, run_id) in ("Crashed", "Failed", "Cancelled"), SECONDS_TO_CRASHED + 30)
-    took = time.monotonic() - began
-    print(f"lost: shown as {state(house, run_id)} after {took:.0f} s")
-    assert state(house, run_id) == "Crashed" and took <= SECONDS_TO_CRASHED
+    took = until_shown(house, run_id, lose(house))
     complete(house, "lost")
     assert_resumed_and_same(house, directory, "lost")
     fault.seconds_lost, fault.survived = round(took, 1), True
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_runs_lost_while_pending_leave_their_slots(house: House, table: Table) -> None:
+    """They never sent a heartbeat that could be missed. Nor does a run that waits for a slot, and it goes on waiting."""
+    fault = table.tried("worker and its runs lost while Pending: seconds until Crashed", "submitting")
+    lost = [house.served.start_run(config="configs/regulator.yaml", only="prepare") for _ in range(POOL_LIMITS["cpu"])]
+    wait_for(lambda: all(state_type(house, run_id) == "PENDING" for run_id in lost) and house.of_a_run(), 60)
+    began = lose(house)
+    waiting = house.served.start_run(config="configs/regulator.yaml", only="prepare")
+    time.sleep(10)  # by now one that still lived would be Running, and the new worker would have taken the third
+    assert [state_type(house, run_id) for run_id in [*lost, waiting]] == ["PENDING", "PENDING", "SCHEDULED"]
+    took = max(until_shown(house, run_id, began) for run_id in lost)
+    assert house.served.wait_for_run(waiting)["state_name"] == "Completed"
+    fault.seconds_lost, fault.survived = round(took, 1), True
+
+
+def test_a_lost_run_that_is_cancelled_ends(house: House, table: Table, moment: random.Random) -> None:
+    """Nobody is left who could do it: neither a heartbeat nor an end follows the request."""
+    fault = table.tried("worker and its run lost, then cancelled: seconds until Cancelled", "training")
+    run_id, _ = begin(house, "lost-cancelled", 13, moment)
+    lose(house)
+    began = time.monotonic()
+    house.served.api(f"/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+    assert state(house, run_id) == "Cancelling"
+    took = until_shown(house, run_id, began, "Cancelled")
+    complete(house, "lost-cancelled")
+    fault.seconds_lost, fault.survived = round(took, 1), True
+
+
+@pytest.mark.parametrize("number", ENDINGS)
 @pytest.mark.parametrize("which", ["worker", "server"])
 def test_a_service_dies(house: House, table: Table, moment: random.Random, which: str, number: signal.Signals) -> None:
     """It is started again. Without its server a run goes on to its end; a worker takes its run along, which the next
     one resumes."""
     name = f"{which}-{number.name.lower()}"
     fault = table.tried(f"{number.name} of Prefect's {which}", "training")
-    run_id, directory = begin(
-        house, name, 20 + ["worker", "server"].index(which) * 2 + (number == signal.SIGKILL), moment
-    )
+    seed = 20 + ["worker", "server"].index(which) * len(ENDINGS) + ENDINGS.index(number)
+    run_id, directory = begin(house, name, seed, moment)
     began = time.monotonic()
     part = f"{which} start"
     old = set(house.world.find(part))
@@ -211,9 +248,13 @@ def test_the_machine_restarts(house: House, table: Table, moment: random.Random)
     fault.seconds_lost, fault.survived = round(time.monotonic() - began, 1), True
 
 
+def state_type(house: House, run_id: str) -> str:
+    return str(house.served.api(f"/flow_runs/{run_id}")["state_type"])
+
+
 def has_ended(house: House, run_id: str) -> bool:
     """Whether the server answers and says so; one that ends takes connections for a while, then refuses them."""
     try:
-        return house.served.api(f"/flow_runs/{run_id}")["state_type"] in FINAL
+        return state_type(house, run_id) in FINAL
     except httpx.TransportError:
         return False
