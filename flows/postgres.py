@@ -75,20 +75,26 @@ def prepare_cluster(home: Path, binaries: Path) -> Cluster:
 def forget_dead_server(data: Path) -> None:
     """Remove the lock of a server that was killed with its machine, where its number now means another process.
 
-    PostgreSQL asks only whether some process has that number; after a restart one may, and a killed server whose parent
-    was killed too stays a zombie where nobody reaps. A living server keeps its lock.
+    PostgreSQL asks only whether some process has that number; after a restart one may, the system's own PostgreSQL for
+    example, and a killed server whose parent was killed too stays a zombie where nobody reaps. A living server of this
+    folder keeps its lock.
     """
     lock = data / "postmaster.pid"
     try:
-        pid = int(lock.read_text().split("\n", 1)[0])
-    except (OSError, ValueError):
+        process = Path(f"/proc/{int(lock.read_text().splitlines()[0])}")
+        program, *arguments = (process / "cmdline").read_text(errors="replace").split("\0")  # a zombie has none
+    except (OSError, ValueError, IndexError):  # nobody has the number: PostgreSQL sees that itself
         return
-    try:
-        name, state = Path(f"/proc/{pid}/stat").read_text().split("(", 1)[1].rsplit(")", 1)
-    except (OSError, IndexError):  # nobody has it: PostgreSQL sees that itself
-        return
-    if name != "postgres" or state.split()[0] in "ZX":
+    if Path(program).name != "postgres" or not (str(data) in arguments or _works_in(process, data)):
         lock.unlink()
+
+
+def _works_in(process: Path, folder: Path) -> bool:
+    """Whether that is its working directory, as it is of every PostgreSQL; not all may see it of another user's."""
+    try:
+        return (process / "cwd").readlink() == folder.resolve()
+    except OSError:
+        return False
 
 
 def as_user(user: str | None, command: list[str], options: Sequence[str] = ()) -> list[str]:

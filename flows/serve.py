@@ -1,4 +1,4 @@
-"""Everything for scheduled runs on this machine: database, server, pools, deployments, heartbeat automation, workers.
+"""Everything for scheduled runs on this machine: database, server, pools, deployments, automations, workers.
 
     python -m flows.serve                       on loopback, port 4200      (make serve)
     python -m flows.serve --database sqlite     without PostgreSQL: for a look only

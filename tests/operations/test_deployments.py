@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
@@ -139,6 +141,33 @@ def test_only_runs_of_our_own_workers_are_marked_lost(monkeypatch: pytest.Monkey
             monkeypatch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", database)
         serve._start(serve._parse(["--host", host, "--port", str(free_port()), "--database", "sqlite"]), [])
         assert ("--mark-lost" in started.pop()) == marks, (host, database)
+
+
+def test_runs_that_may_wait_in_another_queue_are_not_expected_to_begin_at_once() -> None:
+    """Of Slurm and Kubernetes, whatever way they are set up; nor those that send no heartbeat which would follow."""
+    from prefect.client.schemas.objects import WorkPool
+    from prefect.client.schemas.responses import DeploymentResponse
+
+    from flows import deploy
+
+    ours = {"env": {deploy.HEARTBEAT: "30"}}
+    templates: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+        "fresh": ("process", {}, ours),
+        "plain": ("process", {"job_configuration": {"command": "{{ command }}"},
+                              "variables": {"properties": {"command": {"default": None}}}}, ours),
+        "kubernetes": ("kubernetes", {}, ours),
+        "srun": ("process", {"job_configuration": {"command": "srun python -m prefect.engine"}}, ours),
+        "srun by default": ("process", {"variables": {"properties": {"command": {"default": "srun python"}}}}, ours),
+        "srun of a deployment": ("process", {}, ours | {"command": "srun python -m prefect.engine"}),
+        "of somebody else": ("process", {}, {}),
+    }  # fmt: skip
+    pools = [WorkPool(name=name, type=kind, base_job_template=template, default_queue_id=uuid4())
+             for name, (kind, template, _) in templates.items()]  # fmt: skip
+    deployments = [DeploymentResponse(name="cpu", flow_id=uuid4(), id=uuid4(), work_pool_name=name, job_variables=job)
+                   for name, (_, _, job) in templates.items()]  # fmt: skip
+    watched = deploy.begin_at_once(pools, deployments)
+    names = {f"prefect.deployment.{deployment.id}": deployment.work_pool_name for deployment in deployments}
+    assert [names[resource] for resource in watched] == ["fresh", "plain"]
 
 
 def test_an_ipv6_address_is_refused_with_what_to_do() -> None:

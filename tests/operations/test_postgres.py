@@ -58,10 +58,33 @@ def test_a_dead_servers_lock_is_forgotten(tmp_path: Path, holder: str) -> None:
     dead.wait()
 
 
-def test_a_living_servers_lock_stays(tmp_path: Path) -> None:
-    postgres = tmp_path / "postgres"
-    postgres.symlink_to(sys.executable)
-    with subprocess.Popen([str(postgres), "-S", "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as alive:
-        (tmp_path / "postmaster.pid").write_text(f"{alive.pid}\n/data\n")
-        forget_dead_server(tmp_path)
-        assert (tmp_path / "postmaster.pid").exists()
+@pytest.mark.parametrize("serves", ["by its arguments", "by its working directory", "another folder"])
+def test_only_a_living_server_of_the_folder_keeps_its_lock(tmp_path: Path, serves: str) -> None:
+    """After a restart the number may be that of the system's PostgreSQL."""
+    (data := tmp_path / "data").mkdir()
+    (tmp_path / "other").mkdir()
+    (postgres := tmp_path / "postgres").symlink_to(sys.executable)
+    names = data if serves == "by its arguments" else tmp_path / "other"
+    folder = data if serves == "by its working directory" else tmp_path / "other"
+    command = [str(postgres), "-S", "-c", "import sys; print(flush=True); sys.stdin.read()", "-D", str(names)]
+    with subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as alive:
+        assert alive.stdout is not None and alive.stdout.readline() == b"\n"  # its arguments can be read now
+        (data / "postmaster.pid").write_text(f"{alive.pid}\n{data}\n")
+        forget_dead_server(data)
+        assert (data / "postmaster.pid").exists() == (serves != "another folder")
+
+
+def test_the_lock_of_a_real_server_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (binaries := find_binaries()) is None:
+        pytest.skip("PostgreSQL is not installed here: Debian's package is postgresql")
+    monkeypatch.chdir(ROOT)
+    cluster = prepare_cluster(tmp_path, binaries)
+    service = Service("PostgreSQL", cluster.command(), tmp_path / "log")
+    try:
+        service.start()
+        service.wait_until(cluster.ready, 60)
+        forget_dead_server(cluster.data)
+        assert (cluster.data / "postmaster.pid").exists()
+    finally:
+        service.stop()
+        shutil.rmtree(cluster.data)
