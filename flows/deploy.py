@@ -36,6 +36,8 @@ from tasks.errors import EXIT_USER_ERROR, UserError
 SECONDS_WITHOUT_HEARTBEAT = 120
 # From Pending to the first heartbeat lie the imports: 5 to 10 s here, longer from a cold network disk.
 SECONDS_TO_BEGIN = 150
+# All events between; any that is not named here would count as the sign of life that is waited for.
+BEFORE_HEARTBEAT = {"Pending", "Submitting", "InfrastructurePending", "pull-step.*", "Running"}
 ALIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 EVENT = "prefect.flow-run."
 HEARTBEAT = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
@@ -108,8 +110,9 @@ def automate(client: SyncPrefectClient) -> None:
         state=StateType.CRASHED,
         message=f"it did not begin within {SECONDS_TO_BEGIN} s: its worker or its process is gone",
     )
-    starting = silence({"Pending", "Submitting", "InfrastructurePending", "Running"}, SECONDS_TO_BEGIN, at_once)
-    put_automation(client, "crashed-before-heartbeat", starting, never_began)
+    put_automation(
+        client, "crashed-before-heartbeat", silence(BEFORE_HEARTBEAT, SECONDS_TO_BEGIN, at_once), never_began
+    )
     # Prefect lets a run that is Cancelling become Cancelled and nothing else; by itself it does that after 300 s.
     nobody = ChangeFlowRunState(state=StateType.CANCELLED, message="nobody was left who could have cancelled it")
     put_automation(client, "cancelled-without-process", silence({"Cancelling"}, SECONDS_WITHOUT_HEARTBEAT), nobody)
