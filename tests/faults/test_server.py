@@ -121,13 +121,17 @@ def kill(house: House, which: Callable[[str], bool], number: signal.Signals = si
 
 
 def lose(house: House) -> float:
-    """Kill the worker, then its runs, which it can report no more, as when their machine is gone; the moment of it."""
-    runs = set(house.of_a_run())
+    """Kill the worker and its runs as when their machine is gone: neither reports the end of the other; the moment of it."""
+    stop(set(house.of_a_run()), signal.SIGSTOP)  # the kernel tells them that the worker died
     kill(house, lambda line: "worker start" in line)
-    for pid in runs | set(house.of_a_run()):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    stop(set(house.of_a_run()), signal.SIGKILL)
     return time.monotonic()
+
+
+def stop(pids: set[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def until_shown(house: House, run_id: str, began: float, wanted: str = "Crashed") -> float:
