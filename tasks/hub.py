@@ -62,21 +62,42 @@ def patiently(ask: Callable[[], Answer]) -> Answer:
     return ask()
 
 
-def passes(error: BaseException | None) -> bool:
+def passes(error: BaseException) -> bool:
     """Whether a failure may go away by itself: no answer, too many requests, or a fault of the server."""
     import httpx
+    from huggingface_hub.constants import is_offline_mode
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    while error is not None:
-        if isinstance(error, OfflineModeIsEnabled):  # a ConnectionError too, but waiting mends nothing
-            return False
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status is not None:
-            return bool(status == 429 or status >= 500)
-        if isinstance(error, httpx.TransportError | ConnectionError | TimeoutError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    cause = cause_of(error)
+    if is_offline_mode() or isinstance(cause, OfflineModeIsEnabled):  # a ConnectionError, but waiting mends nothing
+        return False
+    status = _status(cause)
+    if status is not None:
+        return status == 429 or status >= 500
+    return isinstance(cause, httpx.TransportError | ConnectionError | TimeoutError)
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What went wrong with the hub, below what libraries made of it (`datasets`: a missing file)."""
+    import httpx
+
+    below: BaseException | None = error
+    while below is not None:
+        if _status(below) is not None or isinstance(below, httpx.TransportError | ConnectionError | TimeoutError):
+            return below
+        below = below.__cause__ or below.__context__
+    return error
+
+
+def explain(error: BaseException) -> str:
+    """The first line of what went wrong, and how often it was tried."""
+    cause = cause_of(error)
+    first_line = str(cause).strip().split("\n")[0] or type(cause).__name__
+    return f"{first_line} (asked {1 + len(WAITS_SECONDS)} times)" if passes(error) else first_line
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _snapshot(repo_id: str, commit: str, patterns: list[str], where: str) -> Path:
@@ -115,10 +136,9 @@ def _cache_of(repo_id: str, repo_type: RepoType) -> Path:
 
 
 def _refused(repo_id: str, revision: str | None, repo_type: str, where: str, error: Exception) -> UserError:
-    first_line = str(error).strip().split("\n")[0]
     asked = f"the {repo_type} {repo_id} at {revision or 'main'}"
     return UserError(
-        f"{asked} is neither on the hub for us nor in the local cache: {first_line}",
+        f"{asked} is neither on the hub for us nor in the local cache: {explain(error)}",
         where=where,
         todo="check the id and the revision, HF_TOKEN for a gated one, and the network; or give a local folder",
     )

@@ -6,9 +6,13 @@ import json
 import os
 import shutil
 import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.local_hub import Hub
 
 # One thread a process: the tests' processes share two cores, and equal thread counts give equal bits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -126,6 +130,22 @@ def project(tmp_path: Path, tiny_base: Path) -> Path:
     shutil.copytree(tiny_base, tmp_path / "base")
     (tmp_path / "run.yaml").write_text(CONFIG.format(folder=tmp_path))
     return tmp_path
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """A hub of our own on loopback."""
+    server = Hub()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def set_activation(config: Path, name: str) -> None:
+    """Change a model's `hidden_act`; one that transformers does not know makes it raise a KeyError in the worker."""
+    description = json.loads(config.read_text())
+    assert "hidden_act" in description
+    config.write_text(json.dumps(description | {"hidden_act": name}))
 
 
 def edit(project: Path, before: str, after: str) -> Path:

@@ -11,9 +11,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lm_eval.tasks
 import lm_eval.utils
 import yaml
+from huggingface_hub.constants import is_offline_mode
 from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.api.group import Group
@@ -24,6 +26,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from tasks.config import nearest
 from tasks.errors import UserError
 from tasks.evaluation.environment import names_in
+from tasks.hub import explain, passes, patiently
 
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 Loaded = dict[str, list[Task | Group]]
@@ -91,7 +94,9 @@ def _load(manager: TaskManager, name: str) -> list[Task | Group]:
     entry = manager.task_index[name]
     where = str(entry.yaml_path or name)
     try:
-        loaded = manager._load_spec(name)  # `load` would flatten a tag and hide which name brought which task
+        # `load` would flatten a tag and hide which name brought which task
+        ask = lambda: manager._load_spec(name)  # noqa: E731
+        loaded = ask() if _offline() else patiently(ask)
         items: list[Any] = loaded if isinstance(loaded, list) else [loaded]
         counts = {task.task_name: len(task.eval_docs) for task in leaves(items)}
     except Exception as error:  # lm-eval and datasets raise anything from KeyError to their own; all of it is input
@@ -107,16 +112,25 @@ def _load(manager: TaskManager, name: str) -> list[Task | Group]:
 
 
 def _explain(name: str, where: str, config: dict[str, Any], error: Exception) -> UserError:
-    first_line = next(iter(str(error).splitlines()), "") or type(error).__name__
     files = (config.get("dataset_kwargs") or {}).get("data_files")
     if missing := [f for f in _flat(files) if not any(c in f for c in "*?[") and not Path(f).is_file()]:
         return UserError(f"the data file of the evaluation task '{name}' is missing: {missing[0]}", where=where,
                          todo="correct `data_files` (relative to the project), or make the file")  # fmt: skip
-    if not files and isinstance(error, OSError | ConnectionError):
-        return UserError(f"the evaluation task '{name}' needs data of the hub, and this run is offline", where=where,
-                         todo="use a task with local data, or allow the hub in the run's file")  # fmt: skip
-    return UserError(f"the evaluation task '{name}' does not load: {type(error).__name__}: {first_line}", where=where,
-                     todo="the log holds the whole traceback")  # fmt: skip
+    if _offline() and isinstance(error, ConnectionError):
+        return UserError(
+            f"the evaluation task '{name}' needs data of the hub, and this run is offline", where=where,
+            todo="use local data: what names only tasks of include_path runs offline, as all does under HF_HUB_OFFLINE",
+        )  # fmt: skip
+    if passes(error) and not _offline():
+        return UserError(f"the data of the evaluation task '{name}' did not come: {explain(error)}", where=where,
+                         todo="check that the hub can be reached, and run the same command again")  # fmt: skip
+    return UserError(f"the evaluation task '{name}' does not load: {type(error).__name__}: {explain(error)}",
+                     where=where, todo="the log holds the whole traceback")  # fmt: skip
+
+
+def _offline() -> bool:
+    """Whether this process was told to ask no hub; HF_DATASETS_OFFLINE alone tells `datasets`."""
+    return is_offline_mode() or bool(datasets.config.HF_HUB_OFFLINE)
 
 
 def _flat(value: Any) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from tasks.config import Source
 from tasks.dataset_card import strays
 from tasks.errors import UserError
-from tasks.hub import patiently
+from tasks.hub import cause_of, patiently
 from tasks.preparation import readers
 from tasks.preparation.readers import Located
 from tasks.resolve import Digests
@@ -166,7 +166,7 @@ def _read_hub(plan: SourcePlan) -> Iterator[tuple[Located, int]]:
     except Exception as error:
         went = f"broke off behind record {number:,}" if number else "cannot be opened"
         raise UserError(
-            f"the hub dataset {_hub_name(hub)} {went}: {error}",
+            f"the hub dataset {_hub_name(hub)} {went}: {cause_of(error)}",
             where=f"sources.{plan.name}.hf",
             todo="check id, subset, split, revision, and that the hub can be reached",
         ) from error

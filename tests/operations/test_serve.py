@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from flows.postgres import find_binaries
-from tests.conftest import laws, write_lines
+from tests.conftest import laws, set_activation, write_lines
 from tests.operations.conftest import FINAL, SECONDS_FOR_A_RUN, Served, wait_for
 
 pytestmark = [pytest.mark.operations, pytest.mark.timeout(1800)]  # the first test also waits for the server and a run
@@ -136,15 +136,33 @@ def test_a_run_marked_crashed_goes_on_and_the_next_one_takes_its_result_over(ser
     assert served.task_states(first)["cpt"] == "Completed"
 
 
-def test_a_failed_worker_shows_its_last_lines(served: Served) -> None:
-    shutil.copy(served.project / "configs/regulator.yaml", served.project / "configs/broken.yaml")
-    change(served, "configs/broken.yaml", "path: ./base", "path: ./broken")
-    shutil.copytree(served.project / "base", served.project / "broken")
-    weights = served.project / "broken/model.safetensors"
+def test_weights_that_are_cut_off_fail_with_our_message(served: Served) -> None:
+    config = of_a_broken_base(served, "cut")
+    weights = served.project / "cut/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:200])
-    run = served.wait_for_run(served.start_run(config="configs/broken.yaml", until="cpt"))
+    run = served.wait_for_run(served.start_run(config=config, until="cpt"))
     assert run["state_name"] == "Failed"
     assert "safetensor" in run["state"]["message"].lower(), run["state"]["message"]
+    assert "Traceback" not in run["state"]["message"]
+
+
+def test_the_last_lines_of_a_worker_that_dies_stand_in_the_error(served: Served) -> None:
+    """A model of another version of transformers: an activation that ours does not know is a KeyError there."""
+    config = of_a_broken_base(served, "crash")
+    set_activation(served.project / "crash/config.json", "of_tomorrow")
+    before = set((served.project / "runs").glob("cpt-*"))
+    run_id = served.start_run(config=config, until="cpt")
+    run = served.wait_for_run(run_id)
+    said = run["state"]["message"]
+    assert run["state_name"] == "Failed" and "tasks.training cpt-" in said and "exited with 1; the end of" in said, said
+    [directory] = set((served.project / "runs").glob("cpt-*")) - before
+    log = [line.rstrip() for line in (directory / "worker.log").read_text().splitlines()]
+    assert log[-1].startswith("KeyError: ") and "of_tomorrow" in log[-1], log
+    shown = [line.removeprefix("  | ") for line in said.splitlines() if line.startswith("  | ")]
+    assert shown and shown == [line for line in log if line][-len(shown) :], said
+    assert any("transformers" in line for line in shown), "not only the last line: where it died"
+    logged = "\n".join(line["message"] for line in wait_for(lambda: served.logs(run_id)))
+    assert log[-1] in logged
 
 
 def test_a_tag_of_another_pool_goes_to_that_pool(served: Served) -> None:
@@ -198,6 +216,14 @@ def run_by_schedule(served: Served) -> dict[str, Any]:
 def cpt_states(served: Served, run_id: str) -> list[str]:
     found = served.api("/task_runs/filter", {"flow_runs": {"id": {"any_": [run_id]}}})
     return [task["state_name"] for task in found if task["name"] == "cpt"]
+
+
+def of_a_broken_base(served: Served, name: str) -> str:
+    """A config of a model of its own, which a test may break."""
+    shutil.copy(served.project / "configs/regulator.yaml", served.project / f"configs/{name}.yaml")
+    change(served, f"configs/{name}.yaml", "path: ./base", f"path: ./{name}")
+    shutil.copytree(served.project / "base", served.project / name)
+    return f"configs/{name}.yaml"
 
 
 def change(served: Served, config: str, before: str, after: str) -> None:
