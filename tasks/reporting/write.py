@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tasks.progress import Progress
 from tasks.reporting.blocks import Figure, Gallery, Section
 from tasks.reporting.gather import gather
 from tasks.reporting.html import render_html
@@ -24,8 +25,10 @@ def write_report(directory: Path) -> dict[str, Any]:
     sections, title, facts = make_sections(run), run.order.run, subtitle(run)
     frame = results_frame(run)
     plots = [figure for section in sections for figure in _figures(section)]
-    for figure in plots:
+    progress = Progress("report", "plot", len(plots))
+    for number, figure in enumerate(plots, start=1):
         _write_bytes(directory / f"{figure.name}.png", figure.png)
+        progress.update(number)
     write_text(directory / MARKDOWN, render_markdown(title, facts, sections))
     write_text(directory / HTML, render_html(title, facts, sections))
     write_text(directory / CSV, results_csv(frame))

@@ -6,6 +6,7 @@ Chromium is the system's (Debian: apt-get install chromium), driven through Play
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import time
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.conftest import ROOT, laws, write_lines
@@ -105,6 +107,7 @@ def test_a_run_is_cancelled_with_the_button(served: Served, first_run: str, page
     (served.project / "configs/long.yaml").write_text(text)
     run = served.start_run(config="configs/long.yaml", until="cpt")
     wait_for(lambda: "cpt-progress" in served.artifacts(run), 180)
+    assert trainers(served)
     page.goto(f"{served.url}/runs/flow-run/{run}")
     page.get_by_role("button", name="Cancel", exact=True).click()
     page.wait_for_timeout(1000)  # it slides in
@@ -116,6 +119,16 @@ def test_a_run_is_cancelled_with_the_button(served: Served, first_run: str, page
     page.get_by_text("Cancelled", exact=True).first.wait_for()
     shoot(page, "13-cancelled")
     assert took < 15, f"it took {took:.0f} s"
+    wait_for(lambda: not trainers(served), 15 - took)
+
+
+def trainers(served: Served) -> list[int]:
+    """Processes of trainings, and their guards, below `make serve`."""
+    found = []
+    for process in psutil.Process(served.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [process.pid] if "tasks.training" in process.cmdline() else []
+    return found
 
 
 def test_the_form_refuses_a_wrong_value(served: Served, page: Any) -> None:

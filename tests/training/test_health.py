@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader, load
 
-from tasks.errors import UserError
+from tasks.errors import EXIT_USER_ERROR, UserError
 from tasks.stage import read_order
 from tasks.training.checkpoint import list_checkpoints, step_of
 from tasks.training.health import MIN_STEPS, Health
@@ -19,7 +19,17 @@ from tasks.training.loss import StepResult
 from tasks.training.metrics import read_metrics
 from tasks.training.rows import Layout
 from tasks.training.states import STATE
-from tests.training.conftest import make_documents, make_model, make_prepared, make_stage, pack, train_here, weights
+from tests.training.conftest import (
+    finish_worker,
+    make_documents,
+    make_model,
+    make_prepared,
+    make_stage,
+    pack,
+    start_worker,
+    train_here,
+    weights,
+)
 
 POISON, BAD_ROW = 127, 22  # a token whose embedding is broken, and the only row that holds it: the sixth step's third
 EVERY_STEP = {"every_steps": 1, "every_minutes": None, "keep_last": 20}
@@ -175,3 +185,19 @@ def test_a_spike_is_judged_against_the_median_and_only_where_asked() -> None:
     with pytest.raises(UserError, match=r"step 12 is a spike: loss 6.1, 3.0 times the usual 2") as caught:
         watched.judge(12, result(6.1, docs=2.0, chats=9.0), 1.0, 1e-3, [])
     assert "docs (loss 2), chats (loss 9)" in caught.value.where
+
+
+def test_a_spike_ends_a_training_and_keeps_the_checkpoint_before_it(tmp_path: Path, base: Path) -> None:
+    """Forty steps of one word, which is soon known, and then a step of many."""
+    word = [5] * 19 + [1]
+    many = [(ids, ids, 1) for ids, *_ in make_documents(40)]
+    rows = pack([(word, word, 0)] * 600)[:160] + pack(many)[:4]
+    prepared = make_prepared(tmp_path / "prepare_cpt-spike", rows)
+    directory = make_stage(tmp_path, base, prepared, {"checkpoint": EVERY_STEP}, learning_rate=1e-2, max_loss_spike=3.0)
+    worker = start_worker(directory)
+    assert finish_worker(worker) == EXIT_USER_ERROR, [line["loss"] for line in read_metrics(directory)]
+    said = (directory / "worker.log").read_text()
+    assert "step 41 is a spike: loss" in said and "rows 160 to 163 of" in said and "chats (loss" in said
+    assert [line["step"] for line in read_metrics(directory)] == list(range(1, 41))
+    assert (directory / "checkpoints/checkpoint-00000040").is_dir()
+    assert not (directory / "artifact.json").exists()
