@@ -268,9 +268,43 @@ def test_the_disk_becomes_read_only(world: World, table: Table, moment: random.R
 # --- clocks, data, company --------------------------------------------------------------------------------------------
 
 
+CLOCK = """
+import os, time
+from pathlib import Path
+real, jumped, seen = time.time, Path(os.environ["CLOCK_JUMPED"]), Path(os.environ["CLOCK_SEEN"])
+def now():
+    if not jumped.exists():
+        return real()
+    seen.touch()
+    return real() + float(os.environ["CLOCK_SECONDS"])
+time.time, time.time_ns = now, lambda: int(now() * 1e9)
+"""
+
+
+@pytest.mark.parametrize("hours", [-24 * 365, 24 * 365])
+def test_the_clock_jumps(world: World, table: Table, moment: random.Random, tmp_path: Path, hours: int) -> None:
+    """In Python, of every process of a run: the machine's own serves others, and libfaketime breaks `time.sleep`."""
+    fault = table.tried("the clock jumps by a year", "training")
+    began = time.monotonic()
+    (tmp_path / "sitecustomize.py").write_text(CLOCK)
+    [planned] = world.rewind("cpt")
+    jumped, seen = tmp_path / "jumped", tmp_path / "seen"
+    process = world.drive("cpt", PYTHONPATH=str(tmp_path), CLOCK_JUMPED=str(jumped), CLOCK_SEEN=str(seen),
+                          CLOCK_SECONDS=str(hours * 3600))  # fmt: skip
+    wanted = moment.randint(25, 100)
+    assert wait_for(lambda: num_steps(planned.directory) >= wanted, process) and not seen.exists()
+    jumped.touch()
+    assert world.finish(process) == 0, world.said()
+    assert seen.exists(), "somebody asked for the time"
+    world.wait_until_gone()
+    recover(world, fault, "cpt", began)
+    lines = (planned.directory / "metrics.jsonl").read_text().splitlines()
+    assert all('"seconds": -' not in line for line in lines)
+
+
 @pytest.mark.parametrize("hours", [-24 * 365, 24 * 365])
 def test_files_are_of_another_year(world: World, table: Table, moment: random.Random, hours: int) -> None:
-    """As after a clock that was set between two runs. The clock itself goes on: libfaketime breaks Python's `time.sleep`."""
+    """As after a clock that was set between two runs."""
     fault = table.tried("file times a year ahead or back", "between two runs")
     began = time.monotonic()
     interrupted_training(world, moment)

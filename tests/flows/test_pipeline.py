@@ -1,13 +1,18 @@
 """The whole road, with real workers, real lm-eval and a real Prefect server; only the model and the data are small."""
 
+import contextlib
 import csv
+import fcntl
 import json
 import os
+import pty
 import re
 import runpy
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,7 @@ from prefect.client.orchestration import get_client
 
 import flows.credentials
 import flows.pipeline
+from flows.console import CLEAR_LINE
 from flows.pipeline import load_plan, main, pipeline
 from flows.stages import report as report_flow
 from tasks.stage import read_artifact
@@ -203,3 +209,27 @@ def test_a_hub_model_in_the_cache_needs_no_network(project: Path) -> None:
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "evaluate_base-" in done.stdout
+
+
+def test_on_a_terminal_progress_is_one_line_that_moves(project: Path, tmp_path: Path) -> None:
+    """On a real one, 100 columns wide: what is printed there is kept as a screen would keep it."""
+    master, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    command = [sys.executable, "-m", "flows.pipeline", "--config", str(project / "run.yaml"), "--until", "cpt"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+    environment |= {"PREFECT_HOME": str(tmp_path / "prefect"), "TERM": "xterm"}
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, cwd=ROOT, env=environment)
+    os.close(terminal)
+    said = b""
+    with contextlib.suppress(OSError):  # EIO: nobody holds the other end any more
+        while more := os.read(master, 65536):
+            said += more
+    os.close(master)
+    assert process.wait(60) == 0, said.decode(errors="replace")[-2000:]
+    text = said.decode(errors="replace")
+    moving = [part for part in text.split(CLEAR_LINE) if "[==" in part or "[>" in part]
+    assert any(part.startswith("cpt") for part in moving), text[-2000:]
+    assert all("\n" not in part.rstrip() and len(part) < 100 for part in moving), (
+        "none of them is left behind, or wraps"
+    )
+    assert re.search(r"cpt +step (\d+)/\1 +100%", text), text[-2000:]
