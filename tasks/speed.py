@@ -24,14 +24,12 @@ MEAN_CONTEXT = 450.0  # positions that a token sees, itself included: packed doc
 # Speed against keeping everything, where no run alike was measured.
 RECOMPUTE_SPEED = {"none": 1.0, "pointwise": 0.995, "selective": 0.9, "full": 0.85, "unsloth": 0.78}
 PRECISION_SPEED = {"fp32": 0.1, "fp32-master": 1.0, "bf16-stochastic": 1.0, "bf16": 1.0}  # no TF32 in fp32
-REACHED_MFU = (
-    0.7  # 1B (0.64) to 8B Llama (0.72) on an H200, all kept: what stands in for an empty folder of measurements
-)
+# 1B (0.64) to 8B Llama (0.72) on an H200, all kept: what stands in for an empty folder of measurements.
+REACHED_MFU = 0.7
 OPTIMIZER_SECONDS_A_PARAMETER = {"fp32": 8e-12, "fp32-master": 8e-12, "bf16-stochastic": 8e-12, "bf16": 4e-12}
 LAYER_SECONDS = 2e-3  # a layer's passes take no less, however small: its kernels are started one by one. An estimate
-SHARDED_SPEED = (
-    0.92  # 8B on two H200s over NVLink (float32 master weights) against one (8-bit states); nodes not measured
-)
+# 8B on two H200s over NVLink (float32 master weights) against one (8-bit states); between nodes not measured.
+SHARDED_SPEED = 0.92
 LEAST_TELLING_MFU = 0.3
 HALF_SPEED_TOKENS = 500.0  # a micro-batch of so few tokens would run at half the speed of a large one
 
