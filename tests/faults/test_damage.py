@@ -17,8 +17,8 @@ import pytest
 from tasks.stage import is_done, read_artifact
 from tests.conftest import laws, write_lines
 from tests.faults.table import Fault, Table
-from tests.faults.test_signals import PHASES, TARGETS, num_steps
-from tests.faults.world import World, wait_for
+from tests.faults.test_signals import PHASES, TARGETS
+from tests.faults.world import World, num_steps, wait_for
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 MEGABYTE = 1_000_000

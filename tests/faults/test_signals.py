@@ -21,7 +21,7 @@ import pytest
 from tasks.plan import Planned
 from tasks.stage import ARTIFACT, is_done
 from tests.faults.table import Table
-from tests.faults.world import World, wait_for
+from tests.faults.world import World, num_steps, wait_for
 
 TERM, INT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
 # How each target's command line is known. The worker under torchrun is a rank.
@@ -74,11 +74,6 @@ def saving(directory: Path, moment: random.Random) -> Callable[[], bool]:
     first = num_steps(directory) // 10 + 2  # a save that is still to come
     wanted, folder = 10 * moment.randint(first, max(first, 12)), directory / "checkpoints" / ".writing"
     return (folder / f"checkpoint-{wanted}").exists
-
-
-def num_steps(directory: Path) -> int:
-    metrics = directory / "metrics.jsonl"
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 PHASES = {

@@ -207,3 +207,9 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], 
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.002)
     return True
+
+
+def num_steps(directory: Path) -> int:
+    """Those that a training has written down."""
+    metrics = directory / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0

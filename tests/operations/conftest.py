@@ -107,7 +107,8 @@ def make_project(base: Path) -> Path:
 def serve(project: Path, output: Path, *arguments: str) -> tuple[subprocess.Popen[bytes], str]:
     """Start `python -m flows.serve` and wait until it says that it serves; the process and its address."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "STEEP_"))}
-    environment |= {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
+    paths = [str(project), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     port = free_port()
     command = [sys.executable, "-m", "flows.serve", "--port", str(port), *arguments]
     with output.open("ab") as sink:
