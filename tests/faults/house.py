@@ -20,7 +20,6 @@ from tests.faults.world import MARK, World, num_steps
 from tests.operations.conftest import FINAL, Served, forget, make_project, serve, wait_for
 
 SECONDS_TO_CANCEL, SECONDS_TO_CRASHED = 15.0, 180.0
-STEPS = 1024
 OF_A_RUN = ("-m tasks.", "guard.py", "prefect.engine", "flow-run execute", "flow_engine")
 
 
@@ -31,6 +30,7 @@ class House:
     project: Path
     world: World
     served: Served
+    steps: int
 
     def serve(self) -> None:
         """Start `make serve`, also again."""
@@ -46,7 +46,7 @@ class House:
         run_id = self.served.start_run(**how, config=self.config(name, seed), until="cpt")
         wait_for(lambda: set(self.project.glob("runs/cpt-*")) - before, 240)
         [directory] = set(self.project.glob("runs/cpt-*")) - before
-        wanted = moment.randint(60, STEPS // 3)
+        wanted = moment.randint(60, self.steps // 3)
         wait_for(lambda: num_steps(directory) >= wanted or self.has_ended(run_id), 240)
         assert num_steps(directory) >= wanted, self.message(run_id)
         return run_id, directory
@@ -103,21 +103,21 @@ class House:
 
 
 @contextmanager
-def served_house(base: Path, batch_tokens: int = 64, tags: str = "") -> Iterator[House]:
-    """A project with a training of `STEPS` steps, served; `tags` are rows for its configs/hardware.yaml."""
+def served_house(base: Path, steps: int = 1024, batch_tokens: int = 64, tags: str = "") -> Iterator[House]:
+    """A project with a training of so many steps, served; `tags` are rows for its configs/hardware.yaml."""
     project = make_project(base)
     write_lines(project / "laws.jsonl", laws(6000))
     write_lines(project / "general.jsonl", [{"text": f"The river of town {n} is {n * 3} miles."} for n in range(4000)])
     with (project / "configs/hardware.yaml").open("a") as rows:
         rows.write(tags)
     config = project / "configs/regulator.yaml"
-    text = config.read_text().replace("tokens: 4096", f"tokens: {STEPS * batch_tokens}", 1)
+    text = config.read_text().replace("tokens: 4096", f"tokens: {steps * batch_tokens}", 1)
     often = f"  batch_tokens: {batch_tokens}\n  checkpoint: {{every_steps: 50, every_minutes: null}}"
     config.write_text(text.replace("  batch_tokens: 512", often, 1))
     world = World(project)
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv(MARK, world.mark)
-        made = House(project, world, None)  # type: ignore[arg-type]
+        made = House(project, world, None, steps)  # type: ignore[arg-type]
         made.serve()
         yield made
         made.served.process.send_signal(signal.SIGINT)

@@ -44,7 +44,7 @@ GUARD_SECONDS = 30.0  # the guard's grace, and its SIGKILL
 def house(tiny_base: Path) -> Iterator[House]:
     """One for all cases; its pools are those that `make serve` finds for this machine."""
     gib = min(nvidia_smi("memory.total")) / 1024 - 2  # no CUDA context of ours in this process
-    with served_house(tiny_base, batch_tokens=128, tags=TAGS.format(gib=gib)) as made:
+    with served_house(tiny_base, steps=400, batch_tokens=128, tags=TAGS.format(gib=gib)) as made:
         yield made
 
 
