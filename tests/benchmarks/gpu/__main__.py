@@ -173,14 +173,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/steep-benchmark"))  # models of 16 GB
     parser.add_argument("--slots", type=int, default=1, help="cases a GPU at a time, where nothing is timed")
     parser.add_argument("--seconds", type=float, default=3600)
-    parser.add_argument("--gpus", default="", help="indices, separated by commas; all when empty")
+    parser.add_argument(
+        "--gpus", default="", help="indices, separated by commas; else those of CUDA_VISIBLE_DEVICES, or all"
+    )
     parser.add_argument("--only", default="", help="cases whose name holds one of these words")
     options = parser.parse_args()
     if shutil.which("nvidia-smi") is None:
         sys.exit("error: no GPU here: nvidia-smi is not on the PATH")
     for folder in (options.out, options.work):
         folder.mkdir(parents=True, exist_ok=True)
-    gpus = options.gpus.split(",") if options.gpus else _nvidia("index")
+    named = options.gpus or os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = named.split(",") if named else _nvidia("index")
     by_name = {case["name"]: dict(case) for suite in options.suites for case in SUITES[suite]}  # suites share cases
     cases = list(by_name.values())
     if options.only:
