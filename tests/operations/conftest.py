@@ -36,11 +36,15 @@ class Served:
     output: Path
 
     def api(self, path: str, body: Any = None, method: str = "") -> Any:
-        """One call of Prefect's API."""
+        """One call of Prefect's API; as Prefect's client does, asked again while a locked SQLite answers 503."""
         import httpx
 
         verb = method or ("POST" if body is not None else "GET")
-        answer = httpx.request(verb, f"{self.url}/api{path}", json=body, timeout=30)
+        for _ in range(10):
+            answer = httpx.request(verb, f"{self.url}/api{path}", json=body, timeout=30)
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                break
+            time.sleep(0.5)
         assert answer.is_success, f"{path}: {answer.status_code} {answer.text}"
         return answer.json() if answer.content else None
 
