@@ -10,11 +10,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
+import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterTags,
     FlowRunFilter,
     FlowRunFilterState,
     FlowRunFilterStateType,
@@ -28,7 +33,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
-from flows.pools import POOL_LIMITS, PREFECT_FILE, pools
+from flows.pools import POOL_LIMITS, PREFECT_FILE, TAG, pools
 from tasks.errors import EXIT_USER_ERROR, UserError
 
 # Three heartbeats (every 30 s, see prefect.yaml) may be missed, and a server that was away for a minute hears the next
@@ -73,9 +78,31 @@ def deploy(api_url: str, root: Path | None = None) -> None:
         for pool in pools():
             limit_pool(client, pool, POOL_LIMITS.get(pool, 1))
         starts_in = root or os.environ.get("STEEP_ROOT") or Path.cwd()
-        run_prefect("deploy", "--all", "--prefect-file", str(PREFECT_FILE), STEEP_ROOT=str(starts_in))
+        register(read_file(), str(starts_in))
         automate(client)
     print(f"deployed to {api_url}: pools {', '.join(pools())}; see {PREFECT_FILE}")
+
+
+def read_file() -> dict[str, Any]:
+    """prefect.yaml, every deployment with our tag."""
+    said: dict[str, Any] = yaml.safe_load(PREFECT_FILE.read_text())
+    for entry in said["deployments"]:
+        if HEARTBEAT not in (entry["work_pool"].get("job_variables") or {}).get("env", {}):
+            raise UserError(
+                f"the deployment {entry['name']} of {entry['entrypoint']} sets no {HEARTBEAT}",
+                where=str(PREFECT_FILE),
+                todo="give it a `work_pool` as the others have: a run that sends no heartbeat is marked Crashed",
+            )
+        entry["tags"] = sorted({*entry.get("tags", []), TAG})
+    return said
+
+
+def register(said: dict[str, Any], starts_in: str) -> None:
+    """Create or update the deployments, with Prefect's own command."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(said, file)
+        file.flush()
+        run_prefect("deploy", "--all", "--prefect-file", file.name, STEEP_ROOT=starts_in)
 
 
 def mark_lost_runs() -> None:
@@ -99,7 +126,7 @@ def limit_pool(client: SyncPrefectClient, name: str, limit: int) -> None:
 
 def automate(client: SyncPrefectClient) -> None:
     """Without these a run whose process vanished would be Pending or Running, and hold its slot, for ever."""
-    ours = client.read_deployments(work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=pools())))
+    ours = client.read_deployments(deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG])))
     at_once = begin_at_once([client.read_work_pool(pool) for pool in pools()], ours)
     lost = ChangeFlowRunState(
         state=StateType.CRASHED,
@@ -119,12 +146,16 @@ def automate(client: SyncPrefectClient) -> None:
 
 
 def silence(after: set[str], seconds: int, deployments: list[str] | None = None) -> EventTrigger:
-    """Fires where no event of a run follows one of these; of the runs of these deployments only (None: of all)."""
-    related = {"prefect.resource.role": "deployment", "prefect.resource.id": deployments}
+    """Fires where no event of a run follows one of these; of the runs of these deployments only (None: of all of ours).
+
+    Every run of ours has the tag, by its deployment or from `flows.pipeline`; events of states and heartbeats name it.
+    """
+    tagged: dict[str, str | list[str]] = {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"}
+    one_of_these = {"prefect.resource.role": "deployment", "prefect.resource.id": deployments or []}
     return EventTrigger(
         posture=Posture.Proactive,
         match={"prefect.resource.id": f"{EVENT}*"},
-        match_related={} if deployments is None else related,
+        match_related=tagged if deployments is None else one_of_these,
         for_each={"prefect.resource.id"},
         after={f"{EVENT}{name}" for name in after},
         expect={f"{EVENT}*"},  # the next heartbeat, or the event of a state, whatever its name

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prefect import flow
+from prefect import flow, tags
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 
@@ -28,6 +28,7 @@ from flows.credentials import VARIABLE as SECRETS
 from flows.credentials import load_secrets
 from flows.heartbeat import wake_heartbeats
 from flows.parameters import DEFAULT_CONFIG, Config, HardwareOrDefault, Stage
+from flows.pools import TAG
 from flows.routing import hand_over
 from flows.tether import tie_temporary_server
 from tasks.artifacts import show_plan
@@ -128,7 +129,8 @@ def main(argv: list[str] | None = None) -> int:
             _show_plan(plan)
             return 0
         tie_temporary_server()
-        pipeline(options.config, options.hardware, options.only, options.until, options.force)
+        with tags(TAG):  # so that the server knows it for ours: flows/deploy.py
+            pipeline(options.config, options.hardware, options.only, options.until, options.force)
         _show_results(plan)
         return 0
     except UserError as error:

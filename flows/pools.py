@@ -1,4 +1,7 @@
-"""The work pools of prefect.yaml, and how many runs each takes. Free of Prefect, whose import takes seconds."""
+"""The work pools of prefect.yaml, how many runs each takes, and the tag of all that is ours.
+
+Free of Prefect, whose import takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from pathlib import Path
 import yaml
 
 PREFECT_FILE = Path("prefect.yaml")
+TAG = "steep"  # of every deployment and run of ours: a server may be shared with flows that are none of our business
 # Runs at a time. Both GPU pools: one, so that no GPU is booked twice; a CPU run beside another is merely slower.
 POOL_LIMITS = {"cpu": 2, "gpu-single": 1, "gpu-multi": 1}
 
