@@ -16,7 +16,7 @@ _DEFAULTS = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     # Log lines reach the server within 2 s: they are sent every 2 s by default, and read from the worker every 0.2 s.
     "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "0.5",
-    # The automation of flows/deploy.py marks a run Crashed that is silent for 120 s; Prefect sends one every 180 s.
+    # flows/automations.py marks a run Crashed that is silent for 120 s; Prefect sends one every 180 s.
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     # One calm line an event; Prefect's own chatter only from warnings on.
     "PREFECT_LOGGING_LEVEL": "WARNING",

@@ -2,7 +2,8 @@
 
     PREFECT_API_URL=http://server:4200/api python -m flows.deploy          (make deploy)
 
-Running it again brings the server to what prefect.yaml says; runs and their history stay.
+Running it again brings the server to what prefect.yaml says anew; what somebody changed on the server since stays
+(flows/standing.py), and so do runs and their history.
 """
 
 from __future__ import annotations
@@ -26,26 +27,18 @@ from prefect.client.schemas.filters import (
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import State, StateType, WorkPool
+from prefect.client.schemas.objects import State, StateType
 from prefect.client.schemas.responses import DeploymentResponse
-from prefect.events.actions import ChangeFlowRunState
-from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
+from prefect.flows import load_flow_from_entrypoint
 from prefect.states import Crashed
 
+from flows import standing
+from flows.automations import HEARTBEAT, automate
 from flows.pools import POOL_LIMITS, PREFECT_FILE, TAG, pools
 from tasks.errors import EXIT_USER_ERROR, UserError
 
-# Three heartbeats (every 30 s, see prefect.yaml) may be missed, and a server that was away for a minute hears the next
-# one before it judges. The automation looks every few seconds: with 90 s a killed run was Crashed after 89-94 s.
-SECONDS_WITHOUT_HEARTBEAT = 120
-# From Pending to the first heartbeat lie the imports: 5 to 10 s here, longer from a cold network disk.
-SECONDS_TO_BEGIN = 150
-# All events between; any that is not named here would count as the sign of life that is waited for.
-BEFORE_HEARTBEAT = {"Pending", "Submitting", "InfrastructurePending", "pull-step.*", "Running"}
 ALIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
-EVENT = "prefect.flow-run."
-HEARTBEAT = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
 
 
 def main() -> int:
@@ -75,12 +68,14 @@ def require_api_url() -> str:
 def deploy(api_url: str, root: Path | None = None) -> None:
     """Pools, deployments and automation, each created or brought up to date."""
     with get_client(sync_client=True) as client:
+        said = read_file()
         for pool in pools():
             limit_pool(client, pool, POOL_LIMITS.get(pool, 1))
         starts_in = root or os.environ.get("STEEP_ROOT") or Path.cwd()
-        register(read_file(), str(starts_in))
-        automate(client)
-    print(f"deployed to {api_url}: pools {', '.join(pools())}; see {PREFECT_FILE}")
+        lines = register(client, said, str(starts_in))
+        lines += retire(client, [full_name(entry) for entry in said["deployments"]])
+        automate(client, our_deployments(client))
+    print("\n".join([*lines, f"deployed to {api_url}: pools {', '.join(pools())}; see {PREFECT_FILE}"]))
 
 
 def read_file() -> dict[str, Any]:
@@ -97,12 +92,64 @@ def read_file() -> dict[str, Any]:
     return said
 
 
-def register(said: dict[str, Any], starts_in: str) -> None:
-    """Create or update the deployments, with Prefect's own command."""
+def register(client: SyncPrefectClient, said: dict[str, Any], starts_in: str) -> list[str]:
+    """Create or update the deployments; a line for each field that the server has otherwise than the file."""
+    lines: list[str] = []
+    plan: dict[str, tuple[standing.Fields, standing.Fields]] = {}
+    entries = []
+    for entry in said["deployments"]:
+        name = full_name(entry)
+        fields = settled = standing.fields_of_file(name, entry)
+        if found := read_deployment(client, name):
+            there = standing.fields_of_server(found)
+            settled = standing.settle(fields, standing.read_last(name), there)
+            lines += standing.notes(name, fields, there, settled)
+        plan[name] = fields, settled
+        entry = {key: value for key, value in entry.items() if key != "schedules"}  # they are put one by one below
+        entries.append(entry | {"parameters": standing.parameters_of(settled), "paused": settled[standing.PAUSED]})
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(said, file)
+        yaml.safe_dump(said | {"deployments": entries}, file)
         file.flush()
         run_prefect("deploy", "--all", "--prefect-file", file.name, STEEP_ROOT=starts_in)
+    for name, (fields, settled) in plan.items():
+        standing.put_schedules(client, client.read_deployment_by_name(name), settled)
+        standing.keep_last(name, fields)
+    return lines
+
+
+def retire(client: SyncPrefectClient, names: list[str]) -> list[str]:
+    """Pause what an earlier deploy made and the file no longer has; a line for each."""
+    lines = []
+    for deployment in our_deployments(client):
+        name = f"{client.read_flow(deployment.flow_id).name}/{deployment.name}"
+        if name not in names and not deployment.paused:
+            client.pause_deployment(deployment.id)
+            # by us: when the file has it again, that is new, and it runs again
+            standing.keep_last(name, (standing.read_last(name) or {}) | {standing.PAUSED: True})
+            lines.append(f"paused: {name}: it is no longer in {PREFECT_FILE}; delete it in the UI if nobody needs it")
+    return lines
+
+
+def full_name(entry: dict[str, Any]) -> str:
+    """`pipeline/cpu`."""
+    try:
+        return f"{load_flow_from_entrypoint(entry['entrypoint']).name}/{entry['name']}"
+    except Exception as error:  # whatever its import raises
+        raise UserError(f"the entrypoint {entry['entrypoint']} cannot be loaded: {error}", where=str(PREFECT_FILE),
+                        allowed="module:flow, as flows.pipeline:pipeline") from error  # fmt: skip
+
+
+def read_deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
+    """The deployment of that name, if it stands."""
+    try:
+        return client.read_deployment_by_name(name)
+    except ObjectNotFound:
+        return None
+
+
+def our_deployments(client: SyncPrefectClient) -> list[DeploymentResponse]:
+    """All that an earlier deploy, or this one, made."""
+    return client.read_deployments(deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG])))
 
 
 def mark_lost_runs() -> None:
@@ -122,81 +169,6 @@ def limit_pool(client: SyncPrefectClient, name: str, limit: int) -> None:
         client.read_work_pool(name)
     except ObjectNotFound:
         client.create_work_pool(WorkPoolCreate(name=name, type="process", concurrency_limit=limit))
-
-
-def automate(client: SyncPrefectClient) -> None:
-    """Without these a run whose process vanished would be Pending or Running, and hold its slot, for ever."""
-    ours = client.read_deployments(deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG])))
-    at_once = begin_at_once([client.read_work_pool(pool) for pool in pools()], ours)
-    lost = ChangeFlowRunState(
-        state=StateType.CRASHED,
-        message=f"no heartbeat for {SECONDS_WITHOUT_HEARTBEAT} s; the next run resumes from what stands",
-    )
-    put_automation(client, "crashed-without-heartbeat", silence({"heartbeat"}, SECONDS_WITHOUT_HEARTBEAT), lost)
-    never_began = ChangeFlowRunState(
-        state=StateType.CRASHED,
-        message=f"it did not begin within {SECONDS_TO_BEGIN} s: its worker or its process is gone",
-    )
-    put_automation(
-        client, "crashed-before-heartbeat", silence(BEFORE_HEARTBEAT, SECONDS_TO_BEGIN, at_once), never_began
-    )
-    # Prefect lets a run that is Cancelling become Cancelled and nothing else; by itself it does that after 300 s.
-    nobody = ChangeFlowRunState(state=StateType.CANCELLED, message="nobody was left who could have cancelled it")
-    put_automation(client, "cancelled-without-process", silence({"Cancelling"}, SECONDS_WITHOUT_HEARTBEAT), nobody)
-
-
-def silence(after: set[str], seconds: int, deployments: list[str] | None = None) -> EventTrigger:
-    """Fires where no event of a run follows one of these; of the runs of these deployments only (None: of all of ours).
-
-    Every run of ours has the tag, by its deployment or from `flows.pipeline`; events of states and heartbeats name it.
-    """
-    tagged: dict[str, str | list[str]] = {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"}
-    one_of_these = {"prefect.resource.role": "deployment", "prefect.resource.id": deployments or []}
-    return EventTrigger(
-        posture=Posture.Proactive,
-        match={"prefect.resource.id": f"{EVENT}*"},
-        match_related=tagged if deployments is None else one_of_these,
-        for_each={"prefect.resource.id"},
-        after={f"{EVENT}{name}" for name in after},
-        expect={f"{EVENT}*"},  # the next heartbeat, or the event of a state, whatever its name
-        threshold=1,
-        within=seconds,
-    )
-
-
-def begin_at_once(work_pools: list[WorkPool], deployments: list[DeploymentResponse]) -> list[str]:
-    """The deployments whose runs begin as soon as they are Pending, and send heartbeats then.
-
-    One that Slurm (`srun` in the command) or Kubernetes starts may be Pending for hours: its queue is not Prefect's.
-    """
-    direct = set()
-    for pool in work_pools:
-        command = pool.base_job_template.get("job_configuration", {}).get("command", "{{ command }}")
-        variable = pool.base_job_template.get("variables", {}).get("properties", {}).get("command", {})
-        if pool.type == "process" and command == "{{ command }}" and not variable.get("default"):
-            direct.add(pool.name)
-    return [
-        f"prefect.deployment.{deployment.id}"
-        for deployment in deployments
-        if deployment.work_pool_name in direct
-        and not deployment.job_variables.get("command")
-        and HEARTBEAT in deployment.job_variables.get("env", {})
-    ]
-
-
-def put_automation(client: SyncPrefectClient, name: str, trigger: EventTrigger, action: ChangeFlowRunState) -> None:
-    """Create an automation, or bring the one of that name up to date."""
-    wanted = AutomationCore(
-        name=name,
-        description="Ends a run whose process or machine is gone.",
-        trigger=trigger,
-        actions=[action],
-    )
-    standing = client.read_automations_by_name(name)
-    if standing:
-        client.update_automation(standing[0].id, wanted)
-    else:
-        client.create_automation(wanted)
 
 
 def run_prefect(*arguments: str, **environment: str) -> None:

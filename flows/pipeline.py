@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
             _show_plan(plan)
             return 0
         tie_temporary_server()
-        with tags(TAG):  # so that the server knows it for ours: flows/deploy.py
+        with tags(TAG):  # so that the server knows it for ours: flows/automations.py
             pipeline(options.config, options.hardware, options.only, options.until, options.force)
         _show_results(plan)
         return 0

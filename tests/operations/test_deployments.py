@@ -18,33 +18,53 @@ import yaml
 from prefect.utilities.callables import parameter_schema
 
 from flows import serve
+from flows.deploy import read_file
 from flows.parameters import CONFIG_PATTERN, hardware_tags
 from flows.pools import POOL_LIMITS, pools
 from flows.services import LONG_LIFE_SECONDS, LONGEST_PAUSE_SECONDS, Service, first_start, revive, seconds_to_stop
-from tasks.config import load_config, load_hardware
+from flows.standing import fields_of_file
+from tasks.config import load_hardware
 from tasks.errors import UserError
 from tasks.hardware import AUTO
 from tests.conftest import ROOT
 from tests.operations.conftest import free_port
 
-DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+PREFECT_YAML = (ROOT / "prefect.yaml").read_text()
+DEPLOYMENTS = yaml.safe_load(PREFECT_YAML)["deployments"]
+# The page's recipe for a deployment of one's own, behind ours.
+[RECIPE] = re.findall(r"(?m)^    (  - name: mine\n(?:      .*\n)+)", (ROOT / "flows/README.md").read_text())
+WITH_RECIPE = PREFECT_YAML + "\n" + re.sub(r"(?m)^    ", "", RECIPE)
 
 
-def test_every_tag_has_a_pool_and_every_pool_a_pipeline() -> None:
+@pytest.mark.parametrize("text", [PREFECT_YAML, WITH_RECIPE], ids=["ours", "with the recipe"])
+def test_every_tag_has_a_pool_and_every_pool_a_pipeline(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str
+) -> None:
     tags = hardware_tags()
     assert len(tags) > 2
     wanted = {load_hardware(tag).work_pool for tag in tags if tag != AUTO}
-    pipelines = {d["name"] for d in DEPLOYMENTS if d["entrypoint"] == "flows.pipeline:pipeline"}
-    assert wanted <= pipelines == set(pools()) == set(POOL_LIMITS)
+    (tmp_path / "prefect.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    pipelines = [d for d in read_file()["deployments"] if d["entrypoint"] == "flows.pipeline:pipeline"]
+    assert wanted <= {d["name"] for d in pipelines if d["name"] == d["work_pool"]["name"]} == set(pools())
+    assert set(pools()) == set(POOL_LIMITS)
 
 
-def test_a_deployments_pool_is_that_of_its_tag() -> None:
-    for deployment in DEPLOYMENTS:
+@pytest.mark.parametrize("text", [PREFECT_YAML, WITH_RECIPE], ids=["ours", "with the recipe"])
+def test_a_deployments_pool_is_that_of_its_tag(text: str) -> None:
+    """One that is called as a pool takes what is handed over to that pool."""
+    for deployment in yaml.safe_load(text)["deployments"]:
         pool, parameters = deployment["work_pool"]["name"], deployment["parameters"]
-        if deployment["entrypoint"] == "flows.pipeline:pipeline":
+        if deployment["name"] in POOL_LIMITS:
             assert deployment["name"] == pool
-        tag = parameters.get("hardware") or load_config(ROOT / parameters["config"]).hardware
-        assert load_hardware(tag).work_pool == pool or "hardware" not in parameters
+        if "hardware" in parameters:
+            assert load_hardware(parameters["hardware"]).work_pool == pool
+
+
+def test_the_recipe_for_a_deployment_of_ones_own_is_one() -> None:
+    mine = yaml.safe_load(WITH_RECIPE)["deployments"][-1]
+    fields = fields_of_file("pipeline/mine", mine)
+    assert mine["name"] == "mine" and any(label.startswith("schedule ") for label in fields)
 
 
 def test_each_stage_has_a_deployment_that_can_be_imported() -> None:
@@ -148,9 +168,9 @@ def test_runs_that_may_wait_in_another_queue_are_not_expected_to_begin_at_once()
     from prefect.client.schemas.objects import WorkPool
     from prefect.client.schemas.responses import DeploymentResponse
 
-    from flows import deploy
+    from flows import automations
 
-    ours = {"env": {deploy.HEARTBEAT: "30"}}
+    ours = {"env": {automations.HEARTBEAT: "30"}}
     templates: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "fresh": ("process", {}, ours),
         "plain": ("process", {"job_configuration": {"command": "{{ command }}"},
@@ -165,7 +185,7 @@ def test_runs_that_may_wait_in_another_queue_are_not_expected_to_begin_at_once()
              for name, (kind, template, _) in templates.items()]  # fmt: skip
     deployments = [DeploymentResponse(name="cpu", flow_id=uuid4(), id=uuid4(), work_pool_name=name, job_variables=job)
                    for name, (_, _, job) in templates.items()]  # fmt: skip
-    watched = deploy.begin_at_once(pools, deployments)
+    watched = automations.begin_at_once(pools, deployments)
     names = {f"prefect.deployment.{deployment.id}": deployment.work_pool_name for deployment in deployments}
     assert [names[resource] for resource in watched] == ["fresh", "plain"]
 
