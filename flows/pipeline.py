@@ -27,6 +27,7 @@ from flows.console import calm
 from flows.credentials import VARIABLE as SECRETS
 from flows.credentials import load_secrets
 from flows.heartbeat import wake_heartbeats
+from flows.overlap import skip
 from flows.parameters import DEFAULT_CONFIG, Config, HardwareOrDefault, Stage
 from flows.pools import TAG
 from flows.routing import hand_over
@@ -72,6 +73,8 @@ def pipeline(
         until: Run everything up to this stage.
         force: Run this stage again though it stands; the old one is set aside.
     """
+    if skipped := skip():
+        return skipped
     said = {"config": config, "only": only, "until": until, "force": force}
     if elsewhere := hand_over(hardware or load_config(config).hardware, said):
         return elsewhere
