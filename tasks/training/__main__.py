@@ -32,7 +32,7 @@ from tasks.stage import (
     write_text,
 )
 from tasks.training import checkpoint
-from tasks.training.preemption import Preempted, listen
+from tasks.training.preemption import Preempted, listen, preempted
 from tasks.trust import declare
 
 # transformers and TRL import these where they find them, for functions that we do not call: 2 of 7.7 s of start-up.
@@ -44,6 +44,7 @@ OFFLINE = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 SECONDS_FOR_RANK_0 = 30
+SECONDS_TO_BE_STOPPED = 1.0  # torchrun looks after its ranks every 0.1 s
 IS_MAIN = os.environ.get("RANK", "0") == "0"
 
 
@@ -125,6 +126,21 @@ def _clear(directory: Path) -> None:
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
 
 
+def _tell_torchrun(error: Exception) -> None:
+    """The traceback for torchrun's report, whose end, and so the end of our log, is about the rank that failed first.
+
+    Another rank's death may be what broke us. torchrun tells us to stop then, and we leave the last word to that one.
+    """
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return
+    with suppress(Preempted):
+        time.sleep(SECONDS_TO_BE_STOPPED)
+    if not preempted():
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
 def _say_who_holds(directory: Path):  # type: ignore[no-untyped-def]
     return lambda holder: say(f"{directory.name} is being computed by {holder}; waiting")
 
@@ -132,7 +148,11 @@ def _say_who_holds(directory: Path):  # type: ignore[no-untyped-def]
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m tasks.training DIR")
-    code = main(Path(sys.argv[1]))
+    try:
+        code = main(Path(sys.argv[1]))
+    except Exception as error:
+        _tell_torchrun(error)
+        raise
     sys.stdout.flush()
     if code == EXIT_OOM:  # at once: the way out would wait for ranks that wait for this one
         sys.stderr.flush()

@@ -146,19 +146,21 @@ def test_weights_that_are_cut_off_fail_with_our_message(served: Served) -> None:
     assert "Traceback" not in run["state"]["message"]
 
 
-def test_the_last_lines_of_a_worker_that_dies_stand_in_the_error(served: Served) -> None:
+@pytest.mark.parametrize("tag", ["cpu", "cpu-x2"])
+def test_the_last_lines_of_a_worker_that_dies_stand_in_the_error(served: Served, tag: str) -> None:
     """A model of another version of transformers: an activation that ours does not know is a KeyError there."""
-    config = of_a_broken_base(served, "crash")
-    set_activation(served.project / "crash/config.json", "of_tomorrow")
+    config = of_a_broken_base(served, f"crash-{tag}")
+    set_activation(served.project / f"crash-{tag}/config.json", f"of_tomorrow_{tag}")  # a stage of its own
     before = set((served.project / "runs").glob("cpt-*"))
-    run = served.wait_for_run(served.start_run(config=config, until="cpt"))
+    run = served.wait_for_run(served.start_run(config=config, hardware=tag, until="cpt"))
     said = run["state"]["message"]
     assert run["state_name"] == "Failed" and "tasks.training cpt-" in said and "exited with 1; the end of" in said, said
     [directory] = set((served.project / "runs").glob("cpt-*")) - before
     log = [line.rstrip() for line in (directory / "worker.log").read_text().splitlines()]
-    assert log[-1].startswith("KeyError: ") and "of_tomorrow" in log[-1], log
     shown = [line.removeprefix("  | ") for line in said.splitlines() if line.startswith("  | ")]
     assert shown and shown == [line for line in log if line][-len(shown) :], said
+    reason = [line.strip() for line in shown if line.strip("=")][-1]  # torchrun frames its report
+    assert reason.startswith("KeyError: ") and "of_tomorrow" in reason, said
     assert any("transformers" in line for line in shown), "not only the last line: where it died"
 
 

@@ -6,19 +6,24 @@ Starting a worker costs 6 CPU seconds, so each story kills one run several times
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tasks import launch
 from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
+from tasks.launch import WorkerFailed
 from tasks.stage import is_done, read_artifact, read_order, write_order
 from tasks.training.checkpoint import FOLDER, list_checkpoints, step_of, writing_folder
 from tasks.training.metrics import read_metrics
@@ -221,3 +226,22 @@ def test_a_done_stage_returns_at_once(stories: dict[str, Future[Any]]) -> None:
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.name != "worker.log"}
     assert run_worker(directory) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_of_several_processes_the_one_that_died_first_is_told(tmp_path: Path, base: Path, long_rows: Path) -> None:
+    """Not the one that lost its connection to it, whose traceback stands further down in the log."""
+    directory = make_stage(tmp_path, base, long_rows, {"processes": 2}, batch_tokens=ROWS_PER_STEP_SHARDED * SEQ_LEN)
+
+    def kill_second() -> None:
+        while not num_lines(directory):
+            time.sleep(0.05)
+        [rank] = [one for one in psutil.Process().children(recursive=True) if one.environ().get("RANK") == "1"]
+        rank.kill()
+
+    with ThreadPoolExecutor(1) as pool:
+        killed = pool.submit(kill_second)
+        with pytest.raises(WorkerFailed) as caught:
+            launch.run_worker("tasks.training", [directory], read_order(directory).how, forward=print)
+        killed.result(0)
+    said = caught.value.tail[-8:]  # behind them a line of "="
+    assert any(re.search(r"rank +: 1 ", line) for line in said) and any("SIGKILL" in line for line in said), said
