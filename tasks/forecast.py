@@ -19,6 +19,7 @@ from tasks.plan import Planned
 from tasks.room import check_disk, stage_bytes
 from tasks.speed import MEAN_CONTEXT
 from tasks.stage import ARTIFACT, read_artifact
+from tasks.training.trackers import missing_tracker
 
 INDENT = " " * 7
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -30,7 +31,7 @@ def lines(plan: dict[str, Planned], wanted: Iterable[str] | None = None) -> list
 
 
 def preflight(plan: dict[str, Planned], wanted: Iterable[str]) -> None:
-    """Refuse what would fail later: GPUs or extras that are not here, a disk that is too small."""
+    """Refuse what would fail later: GPUs or packages that are not here, a disk that is too small."""
     if missing := missing_for(plan, wanted):
         raise missing
     for planned in _trainings(plan, wanted):
@@ -40,13 +41,15 @@ def preflight(plan: dict[str, Planned], wanted: Iterable[str]) -> None:
 
 
 def missing_for(plan: dict[str, Planned], wanted: Iterable[str]) -> UserError | None:
-    """What this machine lacks for the stages that will run on a GPU."""
-    on_gpu = [plan[name] for name in wanted if plan[name].group in ("cpt", "sft", "evaluate") and not plan[name].reused]
-    hows, choices = [p.order.how for p in on_gpu], [p.choice for p in on_gpu if p.choice]
+    """What this machine lacks for the trainings and evaluations that will run."""
+    todo = [plan[name] for name in wanted if plan[name].group in ("cpt", "sft", "evaluate") and not plan[name].reused]
+    hows, choices = [p.order.how for p in todo], [p.choice for p in todo if p.choice]
     missing = None
     if choices:
         missing = missing_here(hows[0]["tag"], choices[0].hardware, hows, max(choice.host_gib for choice in choices))
-    return missing or _missing_for_evaluation(plan, [p.order.how for p in on_gpu if p.group == "evaluate"])
+    for how in (p.order.how for p in todo if p.order.kind == "train"):
+        missing = missing or missing_tracker(how["report_to"])
+    return missing or _missing_for_evaluation(plan, [p.order.how for p in todo if p.group == "evaluate"])
 
 
 def _missing_for_evaluation(plan: dict[str, Planned], hows: list[dict[str, Any]]) -> UserError | None:

@@ -10,6 +10,7 @@ folder. Their packages are installed by whoever wants them.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import shutil
 import time
@@ -58,8 +59,17 @@ def open_tracker(report_to: str, directory: Path, first_step: int) -> tuple[Trac
     return tracker, tracker.held
 
 
+def missing_tracker(report_to: str) -> UserError | None:
+    """What is missing here for a tracker, found without loading it: the plan asks before anything is prepared."""
+    if report_to == "tensorboard":
+        return None
+    spec = importlib.util.find_spec(report_to)
+    is_package = spec and spec.origin  # without origin it is a folder of that name where we stand, as W&B makes one
+    return None if is_package else _not_installed(report_to)
+
+
 def check_tracker(report_to: str) -> None:
-    """Refuse a tracker whose package is missing, before anything is loaded."""
+    """Refuse a tracker whose package is missing or does not load, before anything else is loaded."""
     if report_to != "tensorboard":
         _package(report_to)
 
@@ -70,12 +80,16 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(
-            f"report_to is '{name}', whose package is not installed: {error}",
-            where="the run's file, key report_to",
-            allowed="tensorboard, which is installed; or wandb, mlflow, trackio",
-            todo=f".venv/bin/pip install {INSTALL[name]}",
-        ) from None
+        raise _not_installed(name, f": {error}") from None
+
+
+def _not_installed(name: str, why: str = "") -> UserError:
+    return UserError(
+        f"report_to is '{name}', whose package is not installed{why}",
+        where="the run's file, key report_to",
+        allowed="tensorboard, which is installed; or wandb, mlflow, trackio",
+        todo=f".venv/bin/pip install {INSTALL[name]}",
+    )
 
 
 class _Wandb:

@@ -1,5 +1,6 @@
 """What a machine has, told by a fake nvidia-smi on PATH (a real process), against what hardware tags say."""
 
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -223,6 +224,25 @@ def test_a_plan_for_another_machine_is_printed_with_a_note(project: Path, capsys
     out = capsys.readouterr().out
     assert "cpt    2xh200: fp32-master, recompute none" in out and "of 139 GiB a GPU" in out
     assert "not on this machine: the tag '2xh200' needs 2 GPUs" in out
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_anything_is_prepared(
+    project: Path, tmp_path: Path, extra: Callable[[str], None], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    edit(project, "seed: 0", "seed: 0\nreport_to: mlflow")
+    if importlib.util.find_spec("mlflow") is None:
+        (tmp_path / "here/mlflow").mkdir(parents=True)  # what it wrote where we stand is no package
+        monkeypatch.syspath_prepend(tmp_path / "here")
+        plan = flow.load_plan(str(project / "run.yaml"), None)
+        with pytest.raises(UserError, match="pip install mlflow-skinny"):
+            flow.announce(plan, list(plan))
+        flow.announce(plan, ["prepare_cpt", "report"])  # what trains nothing may run here
+        assert flow.main(["--config", str(project / "run.yaml"), "--plan"]) == 0
+        assert "not on this machine: report_to is 'mlflow', whose package is not installed" in capsys.readouterr().out
+    extra("mlflow")
+    plan = flow.load_plan(str(project / "run.yaml"), None)
+    assert missing_for(plan, plan) is None
 
 
 def test_auto_is_recorded_as_what_it_was(project: Path, plug: Plug) -> None:
