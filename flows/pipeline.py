@@ -76,7 +76,7 @@ def pipeline(
     if skipped := skip():
         return skipped
     said = {"config": config, "only": only, "until": until, "force": force}
-    if elsewhere := hand_over(hardware or load_config(config).hardware, said):
+    if elsewhere := hand_over(hardware, load_config(config).hardware, said):
         return elsewhere
     load_secrets()
     plan = load_plan(config, hardware)

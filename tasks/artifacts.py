@@ -72,6 +72,11 @@ def show_plan(plan: dict[str, Planned]) -> None:
     )
 
 
+def show_text(key: str, text: str) -> None:
+    """A few words in markdown, as links."""
+    _post(lambda: [_markdown(key, text)])
+
+
 def show(stages: Sequence[Planned], reused: bool) -> None:
     """What stages left behind, by their kind; of reused ones only the report, which closes every run."""
     if not reused or stages[0].order.kind == "report":
