@@ -1,8 +1,9 @@
 """What Prefect's UI shows of a stage beside its log: live progress, tables, the loss curve, links.
 
 Posted to the server as artifacts of the task run. An artifact is a courtesy: when the server is away for a while, a
-stage that has run for days goes on, and one warning stands in the log. Progress is posted from a thread of its own, so
-that following the worker's log never waits for the server; an update costs the server 40 ms, so it comes every 2 s.
+stage that has run for days goes on, one warning stands in the log, and progress is shown again once it is back. It is
+posted from a thread of its own, so that following the worker's log never waits for the server; an update costs the
+server 40 ms, so it comes every 2 s.
 
 Nothing here reads a text of the data: what is shown are names and numbers of ours.
 """
@@ -14,15 +15,19 @@ import contextvars
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.context import FlowRunContext, TaskRunContext
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.logging import get_logger
 
 from tasks import tables
@@ -34,6 +39,7 @@ from tasks.sketch import line_svg
 
 SECONDS_BETWEEN_POSTS = 2.0
 SECONDS_FOR_LAST_POST = 5.0
+SECONDS_WITHOUT_SERVER = 60.0  # after a post that failed: it may be away for days
 _QUEUE = ThreadPoolExecutor(max_workers=1)  # emptied before the process ends
 FILES_URL_VARIABLE = "STEEP_FILES_URL"  # where `make serve` shows runs/ to a browser
 
@@ -104,18 +110,21 @@ class _Poster:
         self.ids, self.stopped = ids, threading.Event()
         self.latest: dict[str, Reading] = {}
         self.shown: dict[str, tuple[Any, Reading]] = {}  # stage -> artifact's id, what it shows
+        self.told, self.try_again_at = False, 0.0
 
     def run(self) -> None:
         """Post until stopped, and once more then."""
         while not self.stopped.wait(SECONDS_BETWEEN_POSTS):
-            self.post()
+            if time.monotonic() >= self.try_again_at:
+                self.post()
         self.post()
 
     def post(self) -> None:
-        """Create or update what has changed."""
+        """Create or update what has changed; one warning, and no further try for a while, if the server does not."""
         changed = {s: r for s, r in dict(self.latest).items() if s not in self.shown or self.shown[s][1] != r}
-        if changed:
-            _politely(lambda client: self._post_all(client, changed))
+        warning = "" if self.told else "progress is not shown until the server takes it"
+        if changed and not _politely(lambda client: self._post_all(client, changed), warning):
+            self.told, self.try_again_at = True, time.monotonic() + SECONDS_WITHOUT_SERVER
 
     def _post_all(self, client: SyncPrefectClient, changed: dict[str, Reading]) -> None:
         for stage, reading in changed.items():
@@ -123,10 +132,8 @@ class _Poster:
 
     def _post_one(self, client: SyncPrefectClient, stage: str, reading: Reading) -> None:
         percent, text = 100.0 * reading.share, reading.text
-        if stage in self.shown:
-            artifact = self.shown[stage][0]
-            client.update_artifact(artifact, ArtifactUpdate(data=percent, description=text))
-        else:
+        artifact = self.shown[stage][0] if stage in self.shown else None
+        if artifact is None or not _update(client, artifact, ArtifactUpdate(data=percent, description=text)):
             key = f"{stage.replace('_', '-')}-progress"
             made = ArtifactCreate(key=key, type="progress", data=percent, description=text, **self.ids)
             artifact = client.create_artifact(made).id
@@ -145,7 +152,8 @@ def _post(build: Callable[[], list[dict[str, Any]]]) -> None:
     """Queue them: the next stage does not wait for the server to take the tables of the one before."""
     if ids := _run_ids():
         context = contextvars.copy_context()
-        _QUEUE.submit(context.run, _politely, lambda client: _create(client, build(), ids))
+        warning = "an artifact of this run is not shown"
+        _QUEUE.submit(context.run, _politely, lambda client: _create(client, build(), ids), warning)
 
 
 def _create(client: SyncPrefectClient, artifacts: list[dict[str, Any]], ids: dict[str, Any]) -> None:
@@ -153,13 +161,27 @@ def _create(client: SyncPrefectClient, artifacts: list[dict[str, Any]], ids: dic
         client.create_artifact(ArtifactCreate(**artifact, **ids))
 
 
-def _politely(deed: Callable[[SyncPrefectClient], Any]) -> None:
-    """Do it if the server takes it; a stage does not fail for what only decorates it."""
+def _update(client: SyncPrefectClient, artifact: UUID, update: ArtifactUpdate) -> bool:
+    """False when the artifact is gone: somebody deleted it in the UI."""
+    try:
+        client.update_artifact(artifact, update)
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code == HTTPStatus.NOT_FOUND:
+            return False
+        raise
+    return True
+
+
+def _politely(deed: Callable[[SyncPrefectClient], Any], warning: str) -> bool:
+    """Do it if the server takes it, and say whether it did; a stage does not fail for what only decorates it."""
     try:
         with get_client(sync_client=True) as client:
             deed(client)
     except Exception as error:
-        get_logger("steep").warning("an artifact of this run is not shown: %r", error)
+        if warning:
+            get_logger("steep").warning("%s: %r", warning, error)
+        return False
+    return True
 
 
 def _table(key: str, rows: list[dict[str, Any]], title: str) -> dict[str, Any]:
