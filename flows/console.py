@@ -1,7 +1,7 @@
 """A calm screen: one line an event, an expected error without its traceback, and on a terminal one bar that moves.
 
 Where the screen is a terminal, lines of progress redraw one line at its foot; the others scroll above it. Elsewhere (a
-file, CI) every line is printed as it comes. Prefect's server gets all of them either way.
+file, CI) a line is printed as it comes, and of progress what Prefect's server gets too: fewer as hours pass.
 
 Prefect logs an exception with its traceback once for the task and once for the flow. For the errors that we raise on
 purpose the message says everything, and the command line shows it at the end.

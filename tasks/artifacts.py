@@ -14,6 +14,7 @@ import base64
 import contextvars
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,7 @@ from tasks import tables
 from tasks.forecast import rows_for_table
 from tasks.outcome import speaker
 from tasks.plan import Planned
-from tasks.progress import Reading, read
+from tasks.progress import Reading, Thinning, read
 from tasks.sketch import line_svg
 
 SECONDS_BETWEEN_POSTS = 2.0
@@ -46,8 +47,12 @@ FILES_URL_VARIABLE = "STEEP_FILES_URL"  # where `make serve` shows runs/ to a br
 
 @contextmanager
 def live(stages: Sequence[Planned]) -> Iterator[Callable[[str], None]]:
-    """Where a worker's lines go: to the run's log, and those of progress to one bar a stage too."""
-    say = speaker()
+    """Where a worker's lines go: to the run's log, and those of progress to one bar a stage too.
+
+    The log keeps fewer of progress as hours pass: one every 2 s would be 43,200 rows of the server's database a day. A
+    terminal, where they draw one line over and over, gets all of them.
+    """
+    say, thinning = speaker(), Thinning()
     if not (ids := _run_ids()):
         yield say
         return
@@ -56,8 +61,11 @@ def live(stages: Sequence[Planned]) -> Iterator[Callable[[str], None]]:
     thread.start()
 
     def say_and_show(line: str) -> None:
-        say(line)
-        if reading := read(line):
+        reading = read(line)
+        kept = reading is None or thinning.keeps(reading)
+        if kept or sys.stderr.isatty():
+            say(line, kept=kept)
+        if reading:
             poster.latest[stages[0].stage if len(stages) == 1 else reading.stage] = reading
 
     try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from prefect import get_run_logger
 from prefect.client.schemas.objects import State
@@ -11,13 +11,20 @@ from prefect.exceptions import MissingContextError
 from prefect.states import Completed
 
 
-def speaker() -> Callable[[str], None]:
+class Say(Protocol):
+    """Takes a line for the person who waits; one that is not `kept` is for the screen of this moment alone."""
+
+    def __call__(self, line: str, kept: bool = True) -> None:
+        """Say it."""
+
+
+def speaker() -> Say:
     """Where lines for the person who waits go: the task run's log, or the screen outside a run."""
     try:
         logger = get_run_logger()
     except MissingContextError:
-        return lambda line: print(line, flush=True)
-    return lambda line: logger.info("%s", line)
+        return lambda line, kept=True: print(line, flush=True)
+    return lambda line, kept=True: logger.info("%s", line, extra={"send_to_api": kept})
 
 
 def outcome(directory: Path, reused: bool) -> Path | State[Path]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 MARK = "[steep] "
 MIN_SECONDS_BETWEEN_LINES = 2.0
+MAX_SECONDS_BETWEEN_KEPT_LINES = 60.0
 _LINE = re.compile(r"(?P<stage>\S+) +(?P<what>\S.*?) (?P<done>[\d,]+)/(?P<total>[\d,]+)  +\d+%(?P<rest>.*)")
 
 
@@ -38,6 +39,26 @@ def read(line: str) -> Reading | None:
 def say(text: str) -> None:
     """Print one line for the person who waits."""
     print(f"{MARK}{text}", flush=True)
+
+
+class Thinning:
+    """Which lines of progress are kept for ever, in a database or a file: fewer the longer a stage lasts.
+
+    All of them in the first two minutes, one in 10 s after ten minutes, one a minute from an hour on.
+    """
+
+    def __init__(self) -> None:
+        self.times: dict[str, tuple[float, float]] = {}  # stage -> when it began, when a line of it was kept last
+
+    def keeps(self, reading: Reading) -> bool:
+        """Whether to keep this line; the last one of all always."""
+        now = time.monotonic()
+        began_at, kept_at = self.times.get(reading.stage, (now, -math.inf))
+        seconds_between = min(MAX_SECONDS_BETWEEN_KEPT_LINES, (now - began_at) / 60)
+        if reading.share < 1 and now - kept_at < seconds_between:
+            return False
+        self.times[reading.stage] = (began_at, now)
+        return True
 
 
 class Progress:
