@@ -18,11 +18,12 @@ from typing import Any
 
 from tasks.choose import Choice, Job, choose, evaluation_dtype
 from tasks.config import Hardware, Run, TrainStage
+from tasks.digests import Digests
 from tasks.errors import UserError
 from tasks.hardware import place
 from tasks.model_shape import ModelShape, shape_if_known
 from tasks.reasons import differences
-from tasks.resolve import BaseModelFiles, Digests, resolve_base_model, resolve_sources
+from tasks.resolve import BaseModelFiles, resolve_base_model, resolve_sources
 from tasks.stage import (
     ARTIFACT,
     ORDER,

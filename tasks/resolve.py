@@ -1,62 +1,27 @@
 """What a config refers to, looked up: globs become files with digests, hub ids commits, a folder its digests.
 
-A model is identified by the content of its files, wherever they lie. Digests of files are cached in
-`runs/.digests.json` by path, size and time of change, so that a corpus is read for its digest once. The run's lm-eval
-tasks: `tasks/task_files.py`.
+A model is identified by the content of its files, wherever they lie. The run's lm-eval tasks: `tasks/task_files.py`.
 """
 
 from __future__ import annotations
 
 import glob
 import json
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tasks import hub
 from tasks.config import Run, locate, nearest
+from tasks.digests import Digests
 from tasks.errors import UserError
 from tasks.roots import hold_found
-from tasks.stage import file_sha256, write_text
 from tasks.trust import check_trust
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")  # fmt: skip
 CONFIG_FILES = ("config.json", "generation_config.json")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-class Digests:
-    """SHA-256 of files, remembered between runs."""
-
-    def __init__(self, runs: Path) -> None:
-        self.path = runs / ".digests.json"
-        self.known: dict[str, list[Any]] = {}
-        self.changed = False
-
-    def __enter__(self) -> Digests:
-        try:
-            self.known = json.loads(self.path.read_text())
-        except (FileNotFoundError, ValueError):  # a cache: without it the files are read again
-            self.known = {}
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self.changed:
-            with suppress(OSError):  # a plan can be asked for where nothing can be written
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                write_text(self.path, json.dumps(self.known))
-
-    def of(self, path: Path) -> str:
-        """The digest of a file."""
-        stat, name = path.stat(), str(path)
-        known = self.known.get(name)
-        if known is None or known[:2] != [stat.st_size, stat.st_mtime_ns]:
-            known = [stat.st_size, stat.st_mtime_ns, file_sha256(path)]
-            self.known[name], self.changed = known, True
-        return str(known[2])
 
 
 @dataclass(frozen=True)

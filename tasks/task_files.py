@@ -16,8 +16,8 @@ from typing import Any
 
 from tasks.config import Evaluate, locate
 from tasks.dataset_card import CARDS, check_card
+from tasks.digests import Digests
 from tasks.errors import UserError
-from tasks.resolve import Digests
 from tasks.roots import hold_found
 from tasks.task_yaml import below, code_named, read_task_yaml, texts
 

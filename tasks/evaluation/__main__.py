@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tasks.digests import check_unchanged
 from tasks.disk import writes_told
 from tasks.errors import EXIT_USER_ERROR, UserError
 from tasks.evaluation.environment import set_environment
@@ -48,6 +49,7 @@ def evaluate_stage(directory: Path, cache: str) -> None:
         if is_done(directory):
             return
         (directory / ERROR).unlink(missing_ok=True)
+        check_unchanged(order, directory.parent)
         set_environment(order, cache)
         declare(order)
         compute(order, directory)
@@ -59,6 +61,7 @@ def compute(order: Order, directory: Path) -> None:
     with heartbeat(order.stage, "loading lm-eval"):  # 7 s of torch, transformers and scikit-learn, once a process
         from tasks.evaluation.run import evaluate
     counts = evaluate(order, directory)
+    check_unchanged(order, directory.parent)
     artifact = finish(directory, OUTPUTS, counts, time.monotonic() - started_at)
     say(f"{order.stage:<14}done: {counts['tasks']} tasks, {counts['samples']} samples, {artifact['seconds']:.0f} s")
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from tasks.digests import check_unchanged
 from tasks.disk import writes_told
 from tasks.errors import EXIT_USER_ERROR, UserError
 from tasks.preparation.corpus import Corpus, read_corpus, say_drops, usable
@@ -26,7 +27,7 @@ from tasks.preparation.ledger import balance, count_read, source_ledger
 from tasks.preparation.mix import Draws, mix
 from tasks.preparation.rows import Written, write_rows
 from tasks.preparation.shares import describe_mix
-from tasks.preparation.sources import SourcePlan, check_files, check_unchanged, plan_sources
+from tasks.preparation.sources import SourcePlan, check_files, plan_sources
 from tasks.preparation.tokenizer import copy_tokenizer, end_of_turn, load_backend, settle
 from tasks.progress import Progress, say
 from tasks.stage import ERROR, Order, finish, is_done, leave_error, read_order, stage_lock, write_json
@@ -71,11 +72,11 @@ def prepare(order: Order, work: Path) -> dict[str, Any]:
     declare(order)
     plans = plan_sources(what)
     check_files(plans)
-    check_unchanged(what, work.parent.parent)
+    check_unchanged(order, work.parent.parent)
     copy_tokenizer(order.inputs["model"], work / "tokenizer")
     settled = settle(work / "tokenizer", what, has_chats=any(plan.is_chat for plan in plans))
     corpus = read_corpus(plans, settled, what, order.how.get("processes") or num_cores(), work)
-    check_unchanged(what, work.parent.parent)
+    check_unchanged(order, work.parent.parent)
     left = [usable(corpus, number, plan, what["seq_len"]) for number, plan in enumerate(plans)]
     draws = mix(plans, [lengths for _, lengths in left], [numbers for numbers, _ in left], what)
     say_repeats(plans, draws)

@@ -21,7 +21,6 @@ from tasks.errors import UserError
 from tasks.hub import cause_of, patiently
 from tasks.preparation import readers
 from tasks.preparation.readers import Located
-from tasks.resolve import Digests
 
 BLOCK_BYTES = 1 << 20  # of JSON lines; 1 MiB is about 0.2 s of tokenizing
 BLOCK_RECORDS = 512  # of records that are parsed here (csv, parquet, json, hub)
@@ -100,22 +99,6 @@ def check_files(plans: list[SourcePlan]) -> None:
                     where=f"sources.{plan.name}.files",
                     todo="run again: the plan is made anew",
                 )
-
-
-def check_unchanged(what: dict[str, Any], runs: Path) -> None:
-    """Refuse files that are not what the order was made for: the stage's key says that they are.
-
-    Called before the reading and behind it. A file of known size and time of change is not read again for its digest.
-    """
-    with Digests(runs) as digests:
-        for name, entry in what["sources"].items():
-            for file in entry.get("files") or ():
-                if digests.of(Path(file["path"])) != file["sha256"]:
-                    raise UserError(
-                        f"{file['path']} changed after this run was planned",
-                        where=f"sources.{name}.files",
-                        todo="run again: the plan is made anew. To add data while runs go on, write aside and rename",
-                    )
 
 
 def read_blocks(plans: list[SourcePlan]) -> Iterator[Block]:

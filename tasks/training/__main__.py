@@ -15,6 +15,7 @@ from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 
+from tasks.digests import check_unchanged
 from tasks.disk import writes_told
 from tasks.errors import EXIT_OOM, EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from tasks.progress import say
@@ -94,6 +95,7 @@ def _work(directory: Path) -> int:
         for leftover in (ERROR, PREEMPTED, OOM):
             (directory / leftover).unlink(missing_ok=True)
         say(f"{order.stage:<14}starting")
+        check_unchanged(order, directory.parent)
     backend_name = order.how.get("backend", "fsdp")
     _set_environment(unused=() if backend_name == "unsloth" else UNUSED)
     # Before transformers is imported: Unsloth has to come first.
@@ -103,6 +105,7 @@ def _work(directory: Path) -> int:
 
     counts = train(directory, order, backend)
     if IS_MAIN:
+        check_unchanged(order, directory.parent)
         finish(directory, OUTPUTS, counts, time.monotonic() - started_at + counts["seconds_earlier"])
         _clear(directory)
         say(f"{order.stage:<14}done: loss {counts['final_loss']:.3f}, {counts['tokens_per_second']:,.0f} tok/s, "

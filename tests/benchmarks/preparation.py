@@ -26,7 +26,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tasks.preparation.__main__ import num_cores
-from tasks.stage import Order, read_artifact, write_order
+from tasks.stage import Order, file_sha256, read_artifact, write_order
 
 TARGET_RATIO, TARGET_GROWTH = 1.3, 1.15
 VOCABULARY, NUM_WORDS, MEAN_WORDS = 32_000, 120_000, 350
@@ -201,7 +201,7 @@ def run_bare(folder: Path, corpus: Path) -> dict[str, Any]:
 
 def run_stage(folder: Path, corpus: Path, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """The worker's command on the whole corpus, once through."""
-    files = [{"path": str(corpus), "bytes": corpus.stat().st_size, "sha256": ""}]
+    files = [{"path": str(corpus), "bytes": corpus.stat().st_size, "sha256": file_sha256(corpus)}]
     what = {"stage": "cpt", "tokenizer": {}, "chat_template": None, "seq_len": options.seq_len, "max_positions": None,
             "vocab_size": VOCABULARY, "sources": {"text": {"spec": {"files": str(corpus), "text": "text"}, "files": files}},
             "tokens": None, "epochs": 1.0, "mix": {"text": 1.0}, "replay": {}, "max_epochs": {"mix": 4, "replay": 1},

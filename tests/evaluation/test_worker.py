@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tasks.evaluation.__main__ import main
-from tasks.stage import ARTIFACT, ERROR, ORDER, is_done, read_artifact
+from tasks.stage import ARTIFACT, ERROR, ORDER, file_sha256, is_done, read_artifact, read_order, write_order
 from tests.conftest import ROOT
-from tests.evaluation.conftest import DOCUMENTS, Evaluated, evaluation_order
+from tests.evaluation.conftest import DOCUMENTS, Evaluated, evaluation_order, write_tasks
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -114,3 +115,30 @@ def test_a_directory_that_is_done_is_not_computed_again(evaluated: Evaluated) ->
     before = (evaluated.base / ARTIFACT).stat().st_mtime_ns
     assert main([evaluated.base]) == 0
     assert (evaluated.base / ARTIFACT).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("moment", ["before it begins", "while it computes"])
+def test_data_that_is_replaced_gives_no_result_under_the_key_of_the_old(
+    tmp_path: Path, tiny_model: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks.evaluation import run
+
+    write_tasks(tmp_path)
+    directory, data = evaluation_order(tmp_path, "base", tiny_model, tmp_path), tmp_path / "answers.jsonl"
+    order = read_order(directory)
+    files = [{"path": str(data), "sha256": file_sha256(data)}]
+    directory = write_order(replace(order, what=order.what | {"files": files}), tmp_path)
+    evaluated = []
+
+    def replace_data(*told: object) -> None:
+        evaluated.extend(told)
+        data.write_text(data.read_text().replace("bank", "bonk"))
+
+    monkeypatch.setattr(run, "evaluate", replace_data)
+    if moment == "before it begins":
+        replace_data()
+    with pytest.MonkeyPatch.context() as environment:  # the worker sets its own
+        environment.setattr(os, "environ", os.environ.copy())
+        assert main([directory]) == 2
+    assert f"{data} changed after this run was planned" in (directory / ERROR).read_text()
+    assert bool(evaluated) == (moment == "while it computes") and not (directory / ARTIFACT).exists()

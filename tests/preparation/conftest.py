@@ -15,6 +15,7 @@ from tasks.preparation.__main__ import main
 from tasks.stage import ERROR, Order, file_sha256, write_order
 
 EOS = "<|endoftext|>"
+CHAT_TEMPLATE = Path("configs/chat_template.jinja")
 WORDS = [
     "the",
     "bank",
@@ -117,7 +118,7 @@ def stage(model: Path, tmp_path: Path) -> Stage:
         **what: Any,
     ) -> Path:
         defaults = {
-            "stage": "cpt", "tokenizer": {}, "chat_template": {"path": "configs/chat_template.jinja", "sha256": ""},
+            "stage": "cpt", "tokenizer": {}, "chat_template": {"path": str(CHAT_TEMPLATE), "sha256": file_sha256(CHAT_TEMPLATE)},
             "seq_len": 256, "max_positions": 4096, "vocab_size": 400, "tokens": None, "epochs": None,
             "mix": {name: 1.0 / len(sources) for name in sources}, "replay": {}, "max_epochs": {"mix": 4, "replay": 1},
             "overflow": "error", "seed": 0,

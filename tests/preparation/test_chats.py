@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from tasks.errors import EXIT_USER_ERROR
 from tasks.preparation.chat import ChatEncoder
+from tasks.stage import file_sha256
 from tests.preparation.conftest import EOS, Stage, make_chats, make_tokenizer, source, write_lines
 
 CHATML = Path("configs/chat_template.jinja")
@@ -74,7 +75,7 @@ def decoded(directory: Path) -> list[tuple[str, str]]:
 
 def template_file(folder: Path, text: str) -> dict[str, str]:
     (folder / "template.jinja").write_text(text)
-    return {"path": str(folder / "template.jinja"), "sha256": ""}
+    return {"path": str(folder / "template.jinja"), "sha256": file_sha256(folder / "template.jinja")}
 
 
 @pytest.mark.parametrize(("template", "end", "trims"), [

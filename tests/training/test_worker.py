@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -24,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from tasks import launch
 from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
 from tasks.launch import WorkerFailed
-from tasks.stage import is_done, read_artifact, read_order, write_order
+from tasks.stage import file_sha256, is_done, read_artifact, read_order, write_order
 from tasks.training.checkpoint import FOLDER, list_checkpoints, step_of, writing_folder
 from tasks.training.metrics import read_metrics
 from tasks.training.states import STATE
@@ -122,6 +123,30 @@ def moved_between_sizes(directory: Path) -> Path:
     return directory
 
 
+def begun_from_another_base(directory: Path) -> Path:
+    """The base is another one when the worker begins, then becomes one while it trains; at last it is the old one."""
+    weights_file = Path(read_order(directory).inputs["init"]) / "model.safetensors"
+    planned = weights_file.read_bytes()
+
+    def replace_by(content: bytes) -> None:
+        aside = weights_file.with_name(".aside")
+        aside.write_bytes(content)
+        aside.replace(weights_file)
+
+    another = planned[:-1] + bytes([planned[-1] ^ 1])
+    replace_by(another)
+    assert run_worker(directory) == EXIT_USER_ERROR and num_lines(directory) == 0
+    assert f"{weights_file} changed after this run was planned" in (directory / "error.txt").read_text()
+    replace_by(planned)
+    worker = start_worker(directory)
+    wait_until(lambda: num_lines(directory) >= 1, worker)
+    replace_by(another)
+    assert finish_worker(worker) == EXIT_USER_ERROR and num_lines(directory) == NUM_STEPS and not is_done(directory)
+    replace_by(planned)
+    assert run_worker(directory) == 0
+    return directory
+
+
 @pytest.fixture(scope="module")
 def long_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 packed rows."""
@@ -139,12 +164,17 @@ def stories(tmp_path_factory: pytest.TempPathFactory, base: Path, long_rows: Pat
         runs / "sharded", base, long_rows, {"processes": 2}, batch_tokens=ROWS_PER_STEP_SHARDED * SEQ_LEN
     )
     too_long = make_stage(runs / "too_long", base, long_rows, seq_len=129, batch_tokens=129)
+    shutil.copytree(base, runs / "base")
+    named = read_order(make_stage(runs / "unnamed", runs / "base", long_rows, **one_row))
+    init = {"model.safetensors": file_sha256(runs / "base" / "model.safetensors")}
+    replaced = write_order(replace(named, what=named.what | {"init": init}), runs / "replaced")
     with ThreadPoolExecutor(3) as pool:
         yield {
             "sharded": pool.submit(moved_between_sizes, sharded),
             "killed": pool.submit(killed_by_sigkill, killed),
             "stopped": pool.submit(stopped_by_signals, stopped),
             "refused": pool.submit(refused, too_long),
+            "replaced": pool.submit(begun_from_another_base, replaced),
         }
 
 
@@ -219,6 +249,13 @@ def test_bad_input_ends_with_a_message_and_no_half_made_stage(stories: dict[str,
     assert "seq_len is 129, but the model has 128 positions" in (directory / "error.txt").read_text()
     assert {path.name for path in directory.iterdir()} == {"order.json", "error.txt", "worker.log"}
     assert not (directory / FOLDER).exists()
+
+
+def test_a_base_that_is_replaced_gives_no_result_under_the_key_of_the_old(
+    stories: dict[str, Future[Any]], uninterrupted: Path
+) -> None:
+    directory = stories["replaced"].result()
+    assert is_done(directory) and largest_difference(directory, uninterrupted) == 0
 
 
 def test_a_done_stage_returns_at_once(stories: dict[str, Future[Any]]) -> None:
