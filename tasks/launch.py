@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,11 +27,12 @@ from tasks.guard import has_ended
 from tasks.nodes import meet
 from tasks.oom import OutOfMemory, read_oom
 from tasks.progress import MARK
-from tasks.stage import ERROR, LOCK_FD_VARIABLE, LOG, OOM, PREEMPTED
+from tasks.stage import ERROR, LOCK_FD_VARIABLE, LOG, MEETING_VARIABLE, OOM, PREEMPTED
 
 GUARD = str(Path(__file__).with_name("guard.py"))
 POLL_SECONDS = 0.2
 TAIL_LINES = 25
+NEVER_SECONDS = 10**9  # torchrun's heartbeats: a node alone hears none, and the file would grow with each
 # Between SIGTERM and SIGKILL, for a checkpoint. A cancelled run of Prefect's ends within 15 s (and is killed after 30,
 # when the guard must have finished); between nodes, silence and grace together stay below a minute (tasks/nodes.py).
 GRACE_SECONDS, GRACE_SECONDS_UNDER_PREFECT = 20.0, 12.0
@@ -77,12 +79,14 @@ def run_worker(
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     training_how = how if module == "tasks.training" else {}
     with (
+        tempfile.TemporaryDirectory(prefix="steep-") as meeting,  # readable by us alone
         meet(training_how, directories[0], forward, hub) as company,
         log.open("ab") as sink,
         log.open("r", errors="replace") as source,
     ):
         source.seek(0, os.SEEK_END)
-        worker = [*python_command(module, how | {"master": company.master}), *map(str, directories)]
+        how = how | {"master": company.master, "meeting": meeting}
+        worker = [*python_command(module, how), *map(str, directories)]
         process = start_guarded(worker, sink, worker_environment(how, lock_descriptors, hub), lock_descriptors)
         follow = _Follower(source, tail, forward)
         try:
@@ -132,13 +136,17 @@ def python_command(module: str, how: dict[str, Any]) -> list[str]:
     """`python -m MODULE`, or torchrun when training is spread over several processes.
 
     Of several nodes each runs its own; `how` then says where they meet (`master`) and which this one is (`node_rank`).
+    On one node all meet in files of the folder `meeting`: a store of torch's listens on every interface, whatever
+    address it is given, and torchrun unpickles what it finds there.
     """
     processes, nodes = int(how.get("processes", 1)), int(how.get("nodes", 1))
     alone = processes * nodes == 1 and how.get("offload") != "cpu"  # FSDP2 offloads, and wants torchrun
     if module != "tasks.training" or alone:
         return [sys.executable, "-m", module]
-    place = ["--standalone"]
-    if nodes > 1:  # static: node 0, which holds the stage's lock, has rank 0 whoever comes first
+    if nodes == 1:
+        place = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{how['meeting']}/torchrun", "--log-dir", how["meeting"],
+                 "--rdzv-conf", f"store_type=file,keep_alive_interval={NEVER_SECONDS}"]  # fmt: skip
+    else:  # static: node 0, which holds the stage's lock, has rank 0 whoever comes first
         host, _, port = how["master"].rpartition(":")
         place = ["--nnodes", str(nodes), "--node-rank", str(how.get("node_rank", 0)),
                  "--rdzv-backend", "static", "--master-addr", host, "--master-port", port]  # fmt: skip
@@ -156,6 +164,9 @@ def worker_environment(how: dict[str, Any], lock_descriptors: Sequence[int], hub
         environment["OMP_NUM_THREADS"] = str(threads)
         if threads > 1:
             environment.setdefault("OMP_WAIT_POLICY", "ACTIVE" if _cores_are_idle() else "PASSIVE")
+    if "meeting" in how and how.get("nodes", 1) == 1:
+        environment[MEETING_VARIABLE] = how["meeting"]
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torchrun would open one for its ranks, unasked
     if lock_descriptors:
         environment[LOCK_FD_VARIABLE] = str(lock_descriptors[0])
     return environment

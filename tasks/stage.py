@@ -37,6 +37,7 @@ ERROR, PREEMPTED = "error.txt", "preempted.txt"  # what a worker that did not fi
 OOM = "oom.json"  # of a worker that ran out of memory: measured_gib, predicted_gib, microbatch_rows, step
 KEY_HEX_DIGITS = 10
 LOCK_FD_VARIABLE = "STEEP_LOCK_FD"  # set for a worker whose launcher holds the stage's lock
+MEETING_VARIABLE = "STEEP_MEETING"  # a folder of the launcher's, in which the processes of one node meet
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.errors import UserError
 from tasks.progress import say
+from tasks.stage import MEETING_VARIABLE
 from tasks.threads import choose_threads
 
 if TYPE_CHECKING:
     from tasks.training.precision import Precision
 
+SECONDS_FOR_OTHERS = 1800  # that a process waits for the slowest; accelerate's own figure
 COPIES_QUEUE = {"non_blocking": True}  # micro-batches go to the GPU behind what computes there; nobody waits for either
 
 
@@ -125,7 +128,26 @@ def trainer_settings(how: dict[str, Any], precision: Precision) -> dict[str, Any
             settings["bf16"] = False  # FSDP2 casts the shards itself, see before_trainer
             # Without it a whole model of gradients is kept on every GPU until the last micro-batch of a step.
             settings["accelerator_config"]["gradient_accumulation_kwargs"] = {"sync_each_batch": True}
+        if how.get("nodes", 1) == 1:
+            offloads = how.get("offload") == "cpu" and not on_cpu
+            _meet("cuda:nccl,cpu:gloo" if offloads else settings["ddp_backend"])
     return settings
+
+
+def _meet(backend: str) -> None:
+    """Make the process group of one node, with no socket beyond loopback; accelerate takes the one that it finds.
+
+    Without the launcher (torchrun by hand) the processes still meet in torchrun's store, which listens everywhere.
+    """
+    import torch.distributed as dist
+
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}
+    folder = os.environ.get(MEETING_VARIABLE)
+    if folder and not dist.is_initialized():
+        patience = timedelta(seconds=SECONDS_FOR_OTHERS)
+        store = dist.FileStore(f"{folder}/ranks", world_size())  # type: ignore[attr-defined]
+        store.set_timeout(patience)
+        dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=patience)
 
 
 def before_trainer(args: Any, precision: Precision) -> None:

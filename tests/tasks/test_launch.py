@@ -107,9 +107,11 @@ def test_a_lock_is_held_for_as_long_as_the_worker_lives(tmp_path: Path) -> None:
 def test_training_starts_under_torchrun_where_it_is_sharded() -> None:
     assert python_command("tasks.training", {"processes": 1}) == [sys.executable, "-m", "tasks.training"]
     assert python_command("tasks.evaluation", {"processes": 8}) == [sys.executable, "-m", "tasks.evaluation"]
+    in_files = "--rdzv-backend c10d --rdzv-endpoint /tmp/m/torchrun --log-dir /tmp/m --rdzv-conf store_type=file,"
     for how, said in (
-        ({"processes": 2}, "--standalone --nproc-per-node 2 "),
-        ({"processes": 1, "offload": "cpu"}, "--standalone --nproc-per-node 1 "),
+        ({"processes": 2, "meeting": "/tmp/m"}, in_files),
+        ({"processes": 2, "meeting": "/tmp/m"}, " --nproc-per-node 2 "),
+        ({"processes": 1, "offload": "cpu", "meeting": "/tmp/m"}, " --nproc-per-node 1 "),
         ({"processes": 8, "nodes": 2, "master": "n0:5", "node_rank": 1}, "--nnodes 2 --node-rank 1 --rdzv-backend static "
          "--master-addr n0 --master-port 5 --nproc-per-node 8 "),
     ):  # fmt: skip

@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tasks import launch
 from tasks.stage import Order, finish, put_order, read_order, write_order
 from tasks.training.metrics import METRICS
 
@@ -141,17 +142,13 @@ def make_stage(runs: Path, init: Path, prepared: Path, how: dict[str, Any] | Non
     return write_order(order, runs)
 
 
-def command(directory: Path, processes: int = 1) -> list[str]:
-    """How the launcher starts a worker."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *(torchrun if processes > 1 else []), "-m", "tasks.training", str(directory)]
-
-
 def start_worker(directory: Path, processes: int = 1, **environment: str) -> subprocess.Popen[bytes]:
-    """A worker in its own process group, its output in worker.log."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
+    """A worker as the launcher starts it, in its own process group, its output in worker.log."""
+    how = {"processes": processes, "meeting": tempfile.mkdtemp(dir=directory.parent)}
+    command = [*launch.python_command("tasks.training", how), str(directory)]
+    env = launch.worker_environment(how, (), hub=False) | {"OMP_NUM_THREADS": "1"} | environment
     with (directory / "worker.log").open("ab") as log:
-        return subprocess.Popen(command(directory, processes), stdout=log, stderr=log, env=env, start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
 
 
 def finish_worker(worker: subprocess.Popen[bytes], timeout_seconds: float = 240) -> int:
