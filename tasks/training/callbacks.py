@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from tasks.progress import Progress, say
 from tasks.training.health import Health
 from tasks.training.loss import StepResult, StepSums
-from tasks.training.metrics import MetricsLog, read_metrics
+from tasks.training.metrics import MetricsLog
 from tasks.training.preemption import preempted
 
 
@@ -39,10 +39,8 @@ class StepLog(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the logs behind the step that we start from."""
-        first_step = state.global_step
-        self.health.recall([line for line in read_metrics(self.directory) if line["step"] <= first_step])
         if self.is_main:
-            self.metrics = MetricsLog(self.directory, first_step, self.report_to)
+            self.metrics = MetricsLog(self.directory, state.global_step, self.report_to)
         self.progress: Progress | None = None
         self.num_tokens = 0
         self.saved_at = self.warm_at = self.step_started_at = time.monotonic()

@@ -1,6 +1,6 @@
 """Checkpoints: written aside, digested, renamed; the newest whole one is found again.
 
-    checkpoints/checkpoint-00000040/    what the trainer saved, and digests.json
+    checkpoints/checkpoint-00000040/    what the trainer saved, the metrics up to there, and digests.json
     checkpoints/.writing/               a save in progress; whatever is found there at start was cut off
 
 A run that is killed at any moment, also while saving, finds the last complete checkpoint. A damaged one (a
@@ -30,6 +30,11 @@ def writing_folder(directory: Path) -> Path:
     return directory / FOLDER / WRITING
 
 
+def written_folder(directory: Path, step: int) -> Path:
+    """What the trainer writes of a step."""
+    return writing_folder(directory) / f"checkpoint-{step}"
+
+
 def clear_unfinished(directory: Path) -> None:
     """Remove what a killed save left, and the folder where it holds nothing else."""
     shutil.rmtree(writing_folder(directory), ignore_errors=True)
@@ -39,7 +44,7 @@ def clear_unfinished(directory: Path) -> None:
 
 def publish(directory: Path, step: int, keep_last: int) -> Path:
     """Digest the written checkpoint, rename it into place, and remove the ones beyond `keep_last`."""
-    written = writing_folder(directory) / f"checkpoint-{step}"
+    written = written_folder(directory, step)
     write_json(written / DIGESTS, _digest(written))
     final = directory / FOLDER / f"checkpoint-{step:08d}"
     if final.exists():  # of a run by other means; ours resume from the newest one
@@ -51,18 +56,13 @@ def publish(directory: Path, step: int, keep_last: int) -> Path:
     return final
 
 
-def newest_whole(directory: Path, steps_logged: int) -> Path | None:
+def newest_whole(directory: Path) -> Path | None:
     """The newest checkpoint whose files are as they were written; newer ones, which are not, are renamed aside.
 
-    One behind more steps than the metrics know is passed over too (somebody deleted the folder while it was computed):
-    its stage could never say what it did. Left in place they would count among the last ones to keep, and push out the
-    good ones that come before their step.
+    Left in place they would count among the last ones to keep, and push out the good ones that come before their step.
     """
     for checkpoint in list_checkpoints(directory):
-        problem = damage(checkpoint)
-        if not problem and steps_logged < step_of(checkpoint):
-            problem = f"the metrics hold {steps_logged} steps"
-        if not problem:
+        if not (problem := damage(checkpoint)):
             return checkpoint
         say(f"checkpoint of step {step_of(checkpoint)} is damaged ({problem}): falling back to the one before")
         aside = checkpoint.with_name(DAMAGED + checkpoint.name)

@@ -1,6 +1,7 @@
 """What a run measured, step by step: `metrics.jsonl` (one line a step), and the curves of a tracker. By rank 0.
 
-A resumed run takes back the lines behind its checkpoint, so that every step stands there once. A tracker is a courtesy:
+Each checkpoint holds the lines up to its step under its digests, and a resumed run goes on from those, so that every
+step stands there once, whatever became of the file meanwhile. A tracker is a courtesy:
 when its server is away, at the start or later, the training goes on. Only a package that is missing is refused.
 """
 
@@ -29,7 +30,8 @@ class MetricsLog:
 
     def __init__(self, directory: Path, first_step: int, report_to: str = "tensorboard") -> None:
         kept = [line for line in read_metrics(directory) if line["step"] <= first_step]
-        write_text(directory / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+        self.lines = [json.dumps(line) + "\n" for line in kept]
+        write_text(directory / METRICS, "".join(self.lines))
         self.file = (directory / METRICS).open("a", encoding="utf-8")
         self.directory, self.report_to, self.told, self.try_again_at = directory, report_to, False, 0.0
         self.open = partial(open_tracker, report_to, directory, first_step)
@@ -39,9 +41,14 @@ class MetricsLog:
 
     def write(self, line: dict[str, Any]) -> None:
         """One step. The line survives a kill of this process at once; events when `flush` was called."""
-        self.file.write(json.dumps(line) + "\n")
+        self.lines.append(json.dumps(line) + "\n")
+        self.file.write(self.lines[-1])
         self.file.flush()
         self._politely(lambda board: self._draw(board, line))
+
+    def save(self, checkpoint: Path) -> None:
+        """Put the lines so far into a checkpoint: those that were written, not what a disk has made of them."""
+        write_text(checkpoint / METRICS, "".join(self.lines))
 
     def flush(self) -> None:
         """Called before a checkpoint is published: what stands behind it is never lost, not in a power cut either."""
@@ -50,7 +57,7 @@ class MetricsLog:
 
     def close(self, **totals: float) -> None:
         """Write the figures of the whole stage and end."""
-        last = read_metrics(self.directory)[-1]
+        last = json.loads(self.lines[-1])
         self.try_again_at = 0.0  # for the last time
         self._politely(lambda board: self._end(board, last, totals))
         self.file.close()
@@ -58,7 +65,7 @@ class MetricsLog:
     def _draw(self, board: Tracker, last: dict[str, Any]) -> None:
         """Every step up to this one that the tracker lacks: a resume or a failure may have left out some."""
         missed = last["step"] > self.drawn + 1
-        for line in read_metrics(self.directory) if missed else [last]:
+        for line in map(json.loads, self.lines) if missed else [last]:
             if line["step"] > self.drawn:
                 self._draw_step(board, line)
                 self.drawn = line["step"]

@@ -3,7 +3,6 @@ every process."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import PrinterCallback
 
 from tasks.errors import UserError
 from tasks.progress import say
-from tasks.stage import Order, read_artifact, write_json
+from tasks.stage import Order, read_artifact, read_json, write_json, write_text
 from tasks.training import checkpoint, export
 from tasks.training.attention import attention_plan
 from tasks.training.callbacks import StepLog
@@ -99,10 +98,12 @@ def fit(directory: Path, order: Order, backend: ModuleType) -> Fitted:
     config = make_config(directory, what, layout, precision, backend.trainer_settings(order.how, precision))
     trainer = assemble(directory, order, backend, config, inputs, layout, model)
     resume_from = find_resume(directory, order.stage, is_main)
+    history = read_metrics(resume_from) if resume_from else []
+    trainer.step_log.health.recall(history)
     with finishing_steps():
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     facts = {
-        "seconds_earlier": seconds_until(directory, resume_from),
+        "seconds_earlier": round(sum(line["seconds"] for line in history), 3),
         "new_embedding_rows": num_new_rows,
         "wrapper": trainer.wrapper,
         "attention": model.config._attn_implementation,
@@ -173,12 +174,17 @@ def plan_layout(what: dict[str, Any], how: dict[str, Any], num_rows: int, world_
 
 
 def find_resume(directory: Path, stage: str, is_main: bool) -> Path | None:
-    """The newest whole checkpoint, as rank 0 sees it; leftovers of a killed run are removed."""
+    """The newest whole checkpoint, as rank 0 sees it, and the metrics as they were there.
+
+    Leftovers of a killed run are removed.
+    """
     found: list[Path | None] = [None]
     if is_main:
         checkpoint.clear_unfinished(directory)
         export.clear_unfinished(directory)
-        found = [checkpoint.newest_whole(directory, steps_logged(directory))]
+        found = [checkpoint.newest_whole(directory)]
+        if newest := found[0]:
+            restore_metrics(directory, newest)
     if dist.is_initialized():
         dist.broadcast_object_list(found, src=0)
     if is_main and found[0] is not None:
@@ -188,10 +194,18 @@ def find_resume(directory: Path, stage: str, is_main: bool) -> Path | None:
     return found[0]
 
 
+def restore_metrics(directory: Path, newest: Path) -> None:
+    """Put the metrics back as they were at a checkpoint."""
+    if steps_logged(newest) != checkpoint.step_of(newest):
+        raise UserError(f"the checkpoint holds no {METRICS} of all its steps: an earlier version saved it",
+                        where=str(newest), todo="start the stage over with --force")  # fmt: skip
+    write_text(directory / METRICS, (newest / METRICS).read_text())
+
+
 def read_resumes(directory: Path) -> list[int]:
-    """The steps that this stage was resumed from so far."""
-    path = directory / RESUMES
-    return json.loads(path.read_text()) if path.is_file() else []
+    """The steps that this stage was resumed from so far, as far as can be read: nothing but a report hangs on it."""
+    said = read_json(directory / RESUMES)
+    return [step for step in said if isinstance(step, int)] if isinstance(said, list) else []
 
 
 def count(directory: Path, layout: Layout) -> dict[str, Any]:
@@ -220,12 +234,6 @@ def stop_ids(tokenizer: Any, said: dict[str, Any]) -> list[int]:
     """The tokens that end a document and, where the rows hold chats, an assistant's turn."""
     turn = said.get("end_of_turn")
     return [end_token(tokenizer), *([turn["id"]] if turn else [])]
-
-
-def seconds_until(directory: Path, resume_from: Path | None) -> float:
-    """What the steps before this process took."""
-    step = checkpoint.step_of(resume_from) if resume_from else 0
-    return round(sum(line["seconds"] for line in read_metrics(directory) if line["step"] <= step), 3)
 
 
 def end_token(tokenizer: Any) -> int:

@@ -104,6 +104,8 @@ class RowTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
+            assert self.step_log.metrics is not None
+            self.step_log.metrics.save(checkpoint.written_folder(self.directory, self.state.global_step))
             checkpoint.publish(self.directory, self.state.global_step, self.step_log.keep_last)
         self.accelerator.wait_for_everyone()
 

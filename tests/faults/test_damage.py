@@ -49,6 +49,38 @@ def interrupted_training(world: World, moment: random.Random) -> Path:
 # --- checkpoints, folders ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("log", ["metrics.jsonl", "resumed_from.json"])
+@pytest.mark.parametrize("harm", ["truncated", "one bit flipped", "a file lost"])
+def test_a_damaged_log_beside_whole_checkpoints(
+    world: World, table: Table, moment: random.Random, log: str, harm: str
+) -> None:
+    fault = table.tried("damaged log", f"{log}: {harm}")
+    began = time.monotonic()
+    directory = interrupted_training(world, moment)
+    newest = max(directory.glob("checkpoints/checkpoint-*"))
+    earlier = [1, 2]
+    (directory / "resumed_from.json").write_text(f"{earlier}\n")
+    damage(directory / log, harm, moment)
+    recover(world, fault, "cpt", began)
+    assert "is damaged" not in (directory / "worker.log").read_text()
+    resumed = read_artifact(directory)["counts"]["resumed_from"]
+    assert resumed[-1] == int(newest.name[-8:])
+    assert log == "resumed_from.json" or resumed[:-1] == earlier
+
+
+def damage(file: Path, harm: str, moment: random.Random) -> None:
+    content = bytearray(file.read_bytes())
+    if harm == "truncated":
+        del content[moment.randrange(len(content)) :]
+    else:
+        content[moment.randrange(len(content))] ^= 1 << moment.randrange(8)
+    stat = file.stat()
+    file.write_bytes(content)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # a disk that rots leaves no trace in the times
+    if harm == "a file lost":
+        file.unlink()
+
+
 @pytest.mark.parametrize("harm", ["truncated", "one bit flipped", "a file lost", "all of them damaged"])
 def test_a_damaged_checkpoint(world: World, table: Table, moment: random.Random, harm: str) -> None:
     fault = table.tried(
@@ -66,16 +98,7 @@ def test_a_damaged_checkpoint(world: World, table: Table, moment: random.Random,
                 if path.is_file() and path.stat().st_size and path.name != "digests.json"
             ]
         )
-        content = bytearray(file.read_bytes())
-        if harm == "truncated":
-            del content[moment.randrange(len(content)) :]
-        else:
-            content[moment.randrange(len(content))] ^= 1 << moment.randrange(8)
-        stat = file.stat()
-        file.write_bytes(content)
-        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # a disk that rots leaves no trace in the times
-        if harm == "a file lost":
-            file.unlink()
+        damage(file, harm, moment)
     recover(world, fault, "cpt", began)
     log = (directory / "worker.log").read_text()
     assert "is damaged" in log and "falling back to the one before" in log

@@ -23,7 +23,7 @@ def test_only_the_last_ones_are_kept_and_nothing_is_left_aside(tmp_path: Path) -
         write(tmp_path, step)
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [100, 10]
     assert not checkpoint.writing_folder(tmp_path).exists()
-    assert checkpoint.newest_whole(tmp_path, 100) == checkpoint.list_checkpoints(tmp_path)[0]
+    assert checkpoint.newest_whole(tmp_path) == checkpoint.list_checkpoints(tmp_path)[0]
 
 
 ROTTEN = {  # harm -> what digests.json holds in place of what was written
@@ -62,7 +62,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
         digests, (before, after) = newest / checkpoint.DIGESTS, ROTTEN[harm]
         digests.write_text(digests.read_text().replace(before, after, 1) if before else after)
         (newest.parent / "state.json").write_text("20")  # what "a name" points at is a file of that size
-    assert checkpoint.newest_whole(tmp_path, 99) == older
+    assert checkpoint.newest_whole(tmp_path) == older
     said = capsys.readouterr().out
     assert "step 20 is damaged" in said and "falling back" in said
 
@@ -71,7 +71,7 @@ def test_a_save_that_was_cut_off_is_no_checkpoint(tmp_path: Path) -> None:
     unfinished = checkpoint.writing_folder(tmp_path) / "checkpoint-30"
     unfinished.mkdir(parents=True)
     (unfinished / "model.safetensors").write_bytes(b"half")
-    assert checkpoint.newest_whole(tmp_path, 99) is None
+    assert checkpoint.newest_whole(tmp_path) is None
     checkpoint.clear_unfinished(tmp_path)
     assert not checkpoint.writing_folder(tmp_path).exists()
 
@@ -79,9 +79,9 @@ def test_a_save_that_was_cut_off_is_no_checkpoint(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
     newest = write(tmp_path, 20)
     (newest / "state.json").unlink()
-    assert checkpoint.newest_whole(tmp_path, 99) is None
+    assert checkpoint.newest_whole(tmp_path) is None
     assert write(tmp_path, 20) == newest
-    assert checkpoint.newest_whole(tmp_path, 99) == newest
+    assert checkpoint.newest_whole(tmp_path) == newest
 
 
 def test_damaged_ones_do_not_push_out_the_good_ones_before_their_step(tmp_path: Path) -> None:
@@ -89,16 +89,6 @@ def test_damaged_ones_do_not_push_out_the_good_ones_before_their_step(tmp_path: 
         write(tmp_path, step, keep_last=3)
     for newer in checkpoint.list_checkpoints(tmp_path)[:2]:
         (newer / "state.json").unlink()
-    assert checkpoint.newest_whole(tmp_path, 100) == checkpoint.list_checkpoints(tmp_path)[0]
+    assert checkpoint.newest_whole(tmp_path) == checkpoint.list_checkpoints(tmp_path)[0]
     made = write(tmp_path, 12, keep_last=1)
-    assert checkpoint.list_checkpoints(tmp_path) == [made] and checkpoint.newest_whole(tmp_path, 99) == made
-
-
-def test_one_whose_steps_the_metrics_do_not_know_is_passed_over(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Somebody deleted the stage's folder, and the worker saved once more into a new one."""
-    older, newest = write(tmp_path, 10), write(tmp_path, 20)
-    assert checkpoint.newest_whole(tmp_path, 20) == newest
-    assert checkpoint.newest_whole(tmp_path, 19) == older
-    assert "the metrics hold 19 steps" in capsys.readouterr().out
+    assert checkpoint.list_checkpoints(tmp_path) == [made] and checkpoint.newest_whole(tmp_path) == made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,19 @@ def test_the_lines_are_on_the_disk_before_a_checkpoint_is(tmp_path: Path, monkey
     log.flush()
     assert synced == [(tmp_path / METRICS).stat().st_ino]
     log.close()
+
+
+def test_a_checkpoint_gets_the_lines_that_were_written(tmp_path: Path) -> None:
+    """Also where the disk has changed them, or somebody deleted the folder while it was computed."""
+    stage, saved = tmp_path / "stage", tmp_path / "saved"
+    stage.mkdir(), saved.mkdir()
+    log = MetricsLog(stage, 0)
+    for step in (1, 2):
+        log.write(line(step))
+    shutil.rmtree(stage)
+    log.write(line(3))
+    log.save(saved)
+    assert read_metrics(saved) == [line(1), line(2), line(3)]
 
 
 @pytest.mark.parametrize("end", [b"\0" * 40, b"\0" * 40 + b"\n", b'{"step": 3, "lo', b'{"step"\xff: 3}\n', b"7\n"])

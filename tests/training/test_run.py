@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.errors import UserError
+from tasks.stage import write_json
 from tasks.training.checkpoint import list_checkpoints, step_of
 from tasks.training.export import moved_share
-from tasks.training.metrics import read_metrics
+from tasks.training.metrics import METRICS, read_metrics
+from tasks.training.run import RESUMES
 from tasks.training.schedule import lr_factor
 from tests.training.conftest import (
     WHAT,
@@ -178,6 +181,49 @@ def test_checkpoints_come_by_steps_or_minutes_and_at_the_end(
     directory = make_stage(tmp_path, base, prepared, {"checkpoint": cadence})
     train_here(directory)
     assert [step_of(path) for path in list_checkpoints(directory)] == kept
+
+
+HARMED_LOGS = {  # what became of the logs while nothing ran, and the resumes that are still known
+    "nothing": (lambda text: text, [5, 8]),
+    "a bit in line 2": (lambda text: text.replace('{"step": 2', '{"sdep": 2'), [5, 8]),
+    "a letter of a key": (lambda text: text.replace('"supervised_tokens"', '"supervised_tokenS"', 1), [5, 8]),
+    "another number": (lambda text: text.replace('"seconds": ', '"seconds": 9', 1), [5, 8]),
+    "no line": (lambda text: "", [5, 8]),
+    "the list of resumes": (lambda text: text, [8]),
+}
+
+
+@pytest.mark.parametrize("harm", HARMED_LOGS)
+def test_a_log_that_rots_costs_no_checkpoint(
+    trained: tuple[Path, dict[str, object]], interrupted: Path, tmp_path: Path, harm: str
+) -> None:
+    directory = Path(shutil.copytree(interrupted, tmp_path / "runs" / interrupted.name))
+    metrics, (change, resumed_from) = directory / METRICS, HARMED_LOGS[harm]
+    before = metrics.read_text()
+    metrics.write_text(change(before))
+    assert harm in ("nothing", "the list of resumes") or metrics.read_text() != before
+    if harm == "the list of resumes":
+        (directory / RESUMES).write_text("[\n  5\n")
+    assert train_here(directory)["resumed_from"] == resumed_from
+    ours, reference = read_metrics(directory), read_metrics(trained[0])
+    for name in ("step", "loss", "lr", "tokens", "supervised_tokens"):
+        assert [line[name] for line in ours] == [line[name] for line in reference]
+    assert [line["seconds"] for line in ours[:8]] == [json.loads(line)["seconds"] for line in before.split("\n")[:8]]
+    assert not list(directory.glob("checkpoints/damaged-*"))
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory, base: Path, prepared: Path) -> Path:
+    """A stage that was resumed from step 5, and killed behind the checkpoint of step 8."""
+    cadence = {"checkpoint": {"every_steps": 1, "every_minutes": None, "keep_last": 20}}
+    directory = make_stage(tmp_path_factory.mktemp("interrupted"), base, prepared, cadence)
+    train_here(directory)
+    for checkpoint in list_checkpoints(directory):
+        if step_of(checkpoint) not in (5, 8):
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(directory / "model")
+    write_json(directory / RESUMES, [5])
+    return directory
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path, base: Path, prepared: Path) -> None:
