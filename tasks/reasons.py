@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 MAX_REASONS = 4
@@ -43,7 +44,8 @@ def _describe(name: str, before: Any, after: Any) -> str:
     if leaf == "key":  # an upstream stage; its own line says why
         return f"{name.split('.')[-2]} changed"
     if isinstance(before or after, str) and len(before or after) == 64:  # a digest says nothing to a reader
-        return f"{name} {'is new' if before is None else 'is gone' if after is None else 'changed'}"
+        gone = "is no longer read" if Path(name.partition(" ")[2]).is_file() else "is gone"
+        return f"{name} {'is new' if before is None else gone if after is None else 'changed'}"
     return f"{leaf} {_short(before)} -> {_short(after)}"
 
 

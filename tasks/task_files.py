@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tasks.config import Evaluate, locate
+from tasks.config import Evaluate, locate, nearest
 from tasks.dataset_card import CARDS, check_card
 from tasks.digests import Digests
 from tasks.errors import UserError
+from tasks.evaluation.environment import lm_eval_tasks, names_in, unknown_to_lm_eval
 from tasks.roots import hold_found
 from tasks.task_yaml import below, code_named, read_task_yaml, texts
 
@@ -115,6 +116,7 @@ def resolve_task_files(evaluate: Evaluate, config_path: Path, digests: Digests) 
             one = _read(file, config_path, {file.resolve()})
             if file.suffix == ".yaml" and not IGNORED.intersection(file.parts):
                 suite.add(one)
+    _refuse_unknown(evaluate, suite, config_path)
     pairs = [pair for name in evaluate.tasks for pair in suite.reached(name, {})]
     pairs.sort(key=lambda pair: pair[0].path)
     data = [path for file, config in pairs for path in _data(file.path, config, config_path)]
@@ -143,6 +145,21 @@ def _read(file: Path, config_path: Path, seen: set[Path]) -> TaskFile:
             config |= one.config
             included += [other, *one.included]
     return TaskFile(file, config | own, tuple(included))
+
+
+def _refuse_unknown(evaluate: Evaluate, suite: Suite, config_path: Path) -> None:
+    """Names that neither the folder nor lm-eval has: else they would be told by the evaluation, behind all training."""
+    own = sorted({*suite.files, *suite.tags})
+    for name in unknown_to_lm_eval([name for name in evaluate.tasks if name not in own]):
+        side = "domain" if name in evaluate.domain else "general"
+        folder = lm_eval_tasks()
+        like = nearest(name, own) or nearest(name, names_in(folder) if folder else ())
+        raise UserError(
+            f"unknown evaluation task '{name}'{like}",
+            where=locate(config_path, "evaluate", side, getattr(evaluate, side).index(name)),
+            allowed=", ".join([*own, "the tasks of lm-eval"]),
+            todo=f"correct the name, or add its YAML file to {evaluate.include_path}",
+        )
 
 
 def _data_keys(config: Config) -> Config:

@@ -25,7 +25,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from tasks.config import nearest
 from tasks.errors import UserError
-from tasks.evaluation.environment import names_in
+from tasks.evaluation.environment import names_in, unknown_to_lm_eval
 from tasks.hub import explain, passes, patiently
 
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
@@ -52,11 +52,8 @@ def find_tasks(names: list[str], folder: Path) -> TaskManager:
         return manager
     _refuse_broken_files(folder)
     own = sorted(manager.task_index)
-    # A look through the text of lm-eval's files takes half a second, its index 10 s; most unknown names are typos.
-    texts = [path.read_text(encoding="utf-8", errors="replace") for path in LM_EVAL_TASKS.rglob("*.yaml")]
-    for name in missing:
-        if not any(name in text for text in texts):
-            raise _unknown(name, own, folder)
+    for name in unknown_to_lm_eval(missing):
+        raise _unknown(name, own, folder)
     manager = TaskManager(include_path=str(folder), include_defaults=True)
     for name in missing:
         if name not in manager.task_index:

@@ -1,5 +1,6 @@
 """What is reused, what runs again, and the reasons that the plan gives."""
 
+import gzip
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,6 +92,14 @@ def test_a_changed_file_is_named(finished: Path) -> None:
 def test_a_changed_task_re_runs_the_evaluations_only(finished: Path) -> None:
     write_lines(finished / "heldout.jsonl", laws(6, first=900))
     assert list(stale(finished)) == ["evaluate_base", "evaluate_cpt", "evaluate_sft", "report"]
+
+
+def test_a_file_that_is_there_and_read_no_more_is_not_called_gone(finished: Path) -> None:
+    edit(finished, "laws*.jsonl", "laws.jsonl.gz")
+    (finished / "laws.jsonl.gz").write_bytes(gzip.compress((finished / "laws.jsonl").read_bytes()))
+    assert "laws.jsonl is no longer read" in stale(finished)["prepare_cpt"]
+    (finished / "laws.jsonl").unlink()
+    assert "laws.jsonl is gone" in stale(finished)["prepare_cpt"]
 
 
 def test_a_lost_output_is_computed_again(finished: Path) -> None:

@@ -216,3 +216,15 @@ def test_a_link_in_a_folder_of_data_is_judged(other: Path, tmp_path_factory: pyt
     (other / "folder/more").symlink_to(tmp_path_factory.mktemp("outside"))
     with pytest.raises(UserError, match="outside the folders that a run's file may name"):
         load_plan(str(other / "run.yaml"), None)
+
+
+@pytest.mark.parametrize("side", ["domain", "general"])
+def test_a_name_that_nobody_knows_is_told_by_the_plan(project: Path, side: str) -> None:
+    edit(project, "general: []", "general: [arc_easy]")  # lm-eval's own
+    assert load_plan(str(project / "run.yaml"), None)
+    edit(project, *(("[tiny_bpb]", "[tiny_bbp]") if side == "domain" else ("[arc_easy]", "[arc_easy, arc_esay]")))
+    said = r"unknown evaluation task '(tiny_bbp|arc_esay)', did you mean '(tiny_bpb|arc_easy)'"
+    with pytest.raises(UserError, match=said) as caught:
+        load_plan(str(project / "run.yaml"), None)
+    line, text = (22, "evaluate.domain.0") if side == "domain" else (23, "evaluate.general.1")
+    assert caught.value.where == f"{project}/run.yaml:{line}, key {text}"
