@@ -20,7 +20,7 @@ import numpy as np
 from tasks.digests import check_unchanged
 from tasks.disk import writes_told
 from tasks.errors import EXIT_USER_ERROR, UserError
-from tasks.preparation.corpus import Corpus, read_corpus, say_drops, usable
+from tasks.preparation.corpus import Corpus, read_corpus, say_drops, say_truncated, truncated, usable
 from tasks.preparation.examples import examples
 from tasks.preparation.layout import lay_out
 from tasks.preparation.ledger import balance, count_read, source_ledger
@@ -111,8 +111,9 @@ def make_ledger(
     say_drops(plans, corpus, counts)
     lines, supervised = {}, {}
     for number, (plan, one) in enumerate(zip(plans, draws, strict=True)):
-        usable_tokens = int(left[number][1].sum(dtype=np.int64))
-        lines[plan.name] = source_ledger(counts[number], one, usable_tokens, num_pieces[number],
+        cut_off = truncated(corpus, *left[number])
+        say_truncated(plan, cut_off, len(left[number][0]))
+        lines[plan.name] = source_ledger(counts[number], one, cut_off, num_pieces[number],
                                          int(written.tokens[number]), int(written.supervised[number]))  # fmt: skip
         lines[plan.name]["examples"] = corpus.drop_examples[number]
         # A piece's first token has nothing before it, so it is not trained on; a chat's first never is.

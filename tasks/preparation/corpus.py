@@ -61,6 +61,13 @@ def usable(corpus: Corpus, source: int, plan: SourcePlan, seq_len: int) -> tuple
     return numbers, (np.minimum(lengths, seq_len) if plan.is_chat else lengths)
 
 
+def truncated(corpus: Corpus, numbers: np.ndarray, usable_tokens: np.ndarray) -> dict[str, int]:
+    """How many of a source's documents are cut to what may be used of them, and the tokens that this leaves out."""
+    cut_off = corpus.index["length"][numbers] - usable_tokens
+    forget(corpus.index)
+    return {"documents": int(np.count_nonzero(cut_off)), "tokens": int(cut_off.sum(dtype=np.int64))}
+
+
 def _encode_and_spill(
     plans: list[SourcePlan], settled: Settled, what: dict[str, Any], processes: int, work: Path, files: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -167,3 +174,10 @@ def say_drops(plans: list[SourcePlan], corpus: Corpus, counts: np.ndarray) -> No
             if documents := int(counts[number, status, 0]):
                 example = corpus.drop_examples[number].get(reason, "")
                 say(f"{'prepare':<14}{plan.name}: {documents:,} dropped as {reason}, e.g. {example}")
+
+
+def say_truncated(plan: SourcePlan, cut_off: dict[str, int], documents: int) -> None:
+    """One line for a source whose conversations `overflow: truncate` cuts: they teach no end of turn."""
+    if cut_off["documents"]:
+        say(f"{'prepare':<14}{plan.name}: {cut_off['documents']:,} of {documents:,} conversations are longer than a "
+            f"row and cut, so they have no end of turn; {cut_off['tokens']:,} tokens left out")  # fmt: skip

@@ -26,12 +26,14 @@ def examples(
     found: dict[str, Any] = {}
     for plan, one in zip(plans, draws, strict=True):
         found[plan.name] = []
-        for number in dict.fromkeys(one.documents[:EXAMPLES_A_SOURCE].tolist()):
+        drawn = dict(zip(one.documents[:EXAMPLES_A_SOURCE].tolist(), one.take.tolist(), strict=False))
+        for number, packed in drawn.items():
             document = index[number]
-            ids = tokens[document["offset"] : document["offset"] + document["length"]]
+            ids = tokens[document["offset"] : document["offset"] + packed]
             found[plan.name].append({
                 "where": f"{files[document['file']]}:{document['line']}",
                 "tokens": int(document["length"]),
+                "packed_tokens": packed,  # fewer where the model sees no more of it
                 "pieces": pieces(ids[:EXAMPLE_TOKENS], tokenizer),
             })  # fmt: skip
     return found

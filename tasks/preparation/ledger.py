@@ -34,19 +34,20 @@ def count_read(index: np.ndarray, num_sources: int) -> np.ndarray:
 
 
 def source_ledger(
-    counts: np.ndarray, draws: Draws, usable_tokens: int, num_pieces: np.ndarray, packed: int, supervised: int
+    counts: np.ndarray, draws: Draws, truncated: Counts, num_pieces: np.ndarray, packed: int, supervised: int
 ) -> dict[str, Any]:
-    """One source's lines. `counts` is its (status, 2) table, `usable_tokens` what is kept after truncation."""
+    """One source's lines. `counts` is its (status, 2) table, `truncated` what `overflow: truncate` cuts off."""
     first, split = draws.passes == 0, num_pieces > 1
     once = int(draws.take[first].sum())
     dropped = {reason: _pair(counts[status]) for status, reason in REASONS.items() if status != DUPLICATE}
     kept = _pair(counts[OK])
+    usable_tokens = kept["tokens"] - truncated["tokens"]
     return {
         "read": _pair(counts.sum(axis=0)),
         "duplicate": _pair(counts[DUPLICATE]),
         "dropped": {reason: pair for reason, pair in dropped.items() if pair["documents"]},
         "kept": kept,
-        "truncated": {"tokens": kept["tokens"] - usable_tokens},
+        "truncated": truncated,
         "unused": {"documents": kept["documents"] - int(first.sum()), "tokens": usable_tokens - once},
         "repeated": {"documents": int((~first).sum()), "tokens": draws.tokens - once},
         "split": {"documents": int(split.sum()), "pieces": int(num_pieces[split].sum()),
@@ -64,9 +65,8 @@ def balance(sources: dict[str, dict[str, Any]], supervised: dict[str, int]) -> d
         for unit in ("documents", "tokens"):
             dropped = sum(pair[unit] for pair in lines["dropped"].values())
             _equal(name, unit, "read", lines["read"][unit], lines["duplicate"][unit] + dropped + lines["kept"][unit])
-            drawn = (
-                lines["kept"][unit] - lines["truncated"].get(unit, 0) - lines["unused"][unit] + lines["repeated"][unit]
-            )
+            cut_off = lines["truncated"]["tokens"] if unit == "tokens" else 0  # a document that is cut is still one
+            drawn = lines["kept"][unit] - cut_off - lines["unused"][unit] + lines["repeated"][unit]
             _equal(name, unit, "packed", lines["packed"][unit], drawn)
         _equal(name, "tokens", "supervised", lines["supervised"]["tokens"], supervised[name])
     return {"sources": sources, "total": _total(list(sources.values())), "balanced": True}

@@ -46,7 +46,9 @@ def trained_rows(stage: StageRecord) -> Iterator[Columns]:
     for source, documents in (stage.json("examples.json") or {}).items():
         for document in documents[:ROWS_A_SOURCE]:
             pieces = [Piece(cut(piece["text"]), bool(piece["trained"])) for piece in document["pieces"]]
-            yield Columns(source, [Column(f"{document['tokens']:,} tokens", pieces, document["where"])])
+            packed = document.get("packed_tokens", document["tokens"])
+            end = f", cut at {packed:,}" if packed < document["tokens"] else ""
+            yield Columns(source, [Column(f"{document['tokens']:,} tokens{end}", pieces, document["where"])])
 
 
 def spread(length: int, count: int) -> list[int]:

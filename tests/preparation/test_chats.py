@@ -278,7 +278,9 @@ def test_a_template_that_asks_for_the_date_gets_a_fixed_one(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("overflow", ["error", "drop", "truncate"])
-def test_a_conversation_longer_than_a_row_follows_overflow(stage: Stage, tmp_path: Path, overflow: str) -> None:
+def test_a_conversation_longer_than_a_row_follows_overflow(
+    stage: Stage, tmp_path: Path, overflow: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = "the bank holds capital " * 60
     answer_cut = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": words}]
     answer_lost = [{"role": "user", "content": words}, {"role": "assistant", "content": "Yes."}]
@@ -298,9 +300,14 @@ def test_a_conversation_longer_than_a_row_follows_overflow(stage: Stage, tmp_pat
         assert len(lengths) == 1
     else:
         assert ledger["dropped"]["unsupervised"]["documents"] == 1
-        assert ledger["truncated"]["tokens"] > 0
+        assert ledger["truncated"]["documents"] == 1
         assert lengths[-1] == 160
         assert len(lengths) == 2
+        said = f"c: 1 of 2 conversations are longer than a row and cut, so they have no end of turn; {ledger['truncated']['tokens']}"
+        assert said in capsys.readouterr().out
+        shown = json.loads((directory / "examples.json").read_text())["c"]
+        [cut] = [one for one in shown if one["tokens"] > one["packed_tokens"] == 160]
+        assert sum(len(tokenizer_of(directory).encode(piece["text"]).ids) for piece in cut["pieces"]) == 160
 
 
 def test_a_short_answer_stays_and_an_empty_one_goes(stage: Stage, tmp_path: Path) -> None:

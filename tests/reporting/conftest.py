@@ -61,7 +61,8 @@ def _prepare(runs: Path, name: str) -> Path:
         "sources": {source: dict(zip(keys, values, strict=True)) for source, values in shares.items()}, "windows": windows,
     })  # fmt: skip
     pieces = [{"trained": False, "text": "user asks\n"}, {"trained": True, "text": f"answer {HOSTILE}{FENCE}"}]
-    write_json(directory / "examples.json", {"laws": [{"where": "data/x.jsonl:1", "tokens": 12, "pieces": pieces}]})
+    example = {"where": "data/x.jsonl:1", "tokens": 12, "packed_tokens": 9, "pieces": pieces}
+    write_json(directory / "examples.json", {"laws": [example]})
     counts = {"rows": 782, "tokens": 400_000, "supervised_tokens": 120_000, "sources": ["laws", "general"],
               "added_tokens": ["<|im_start|>", "<|im_end|>"]}  # fmt: skip
     finish(directory, ["ledger.json", "mix.json", "examples.json"], counts, 12.3)

@@ -129,7 +129,7 @@ def test_the_page_says_what_a_reader_asks(report_directory: Path) -> None:
     text = Page((report_directory / "report.html").read_text()).text
     for said in ("99.99%", "90.00%", "+0.003 pp", "it balances to the token", "floor 1.0e-04", "learning_rate",
                  "<|im_start|>", "transformers", "some/data at c0ffee", "abababababab data/cpt.jsonl", "3:20 of computing",
-                 "sft says 0", "data/x.jsonl:17", "0.31 pp",
+                 "sft says 0", "12 tokens, cut at 9", "data/x.jsonl:17", "0.31 pp",
                  "+0.0500 (+14.1 %)", "+0.9123"):  # fmt: skip
         assert said in text, said
 
