@@ -19,7 +19,7 @@ from huggingface_hub.constants import is_offline_mode
 from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.api.group import Group
-from lm_eval.api.task import Task
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -96,6 +96,11 @@ def _load(manager: TaskManager, name: str) -> list[Task | Group]:
         loaded = ask() if _offline() else patiently(ask)
         items: list[Any] = loaded if isinstance(loaded, list) else [loaded]
         counts = {task.task_name: len(task.eval_docs) for task in leaves(items)}
+        if LM_EVAL_TASKS not in Path(where).parents:
+            for task in leaves(items):
+                _check_targets(task, where)
+    except UserError:
+        raise
     except Exception as error:  # lm-eval and datasets raise anything from KeyError to their own; all of it is input
         traceback.print_exc(file=sys.stdout)
         raise _explain(name, where, entry.cfg or {}, error) from None
@@ -106,6 +111,25 @@ def _load(manager: TaskManager, name: str) -> list[Task | Group]:
         raise UserError(f"the evaluation task '{unsafe[0]}' runs code that a model writes", where=where,
                         todo="leave it out: it is never run here")  # fmt: skip
     return items
+
+
+def _check_targets(task: Task, where: str) -> None:
+    """Every record's right answer is one of its choices: with any other, lm-eval scores 0 and goes on."""
+    if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE != "multiple_choice":
+        return
+    if task.config.doc_to_choice is None or task.config.process_results is not None:  # the task scores by itself
+        return
+    for number, doc in enumerate(task.eval_docs, start=1):
+        choices = task.doc_to_choice(doc)
+        said: Any = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        for target in said if isinstance(said, list) else [said]:
+            if not (0 <= target < len(choices) if isinstance(target, int) else target in choices):
+                raise UserError(
+                    f"'{task.task_name}', record {number}: the target {target!r} is none of its choices",
+                    where=f"{where}, key doc_to_target",
+                    allowed=f"0 to {len(choices) - 1}, or one of {choices}",
+                    todo=f"correct the key, or the record; its fields are {', '.join(doc)}",
+                )
 
 
 def _explain(name: str, where: str, config: dict[str, Any], error: Exception) -> UserError:

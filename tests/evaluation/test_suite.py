@@ -71,6 +71,24 @@ def test_a_missing_function_is_told_with_its_task(folder: Path) -> None:
         load(folder, "answers")
 
 
+@pytest.mark.parametrize(("before", "after", "said"), [
+    ("{{gold}}", "label", "record 1: the target 'label' is none"), ("{{gold}}", "{{gold + 1}}", "record 3: the target 3 is"),
+    ('"{{gold}}"', "!function utils.last", "record 1: the target -1 is"), ("{{gold}}", "{{options[1]}}", ""),
+])  # fmt: skip
+def test_a_target_that_is_no_choice_is_refused(folder: Path, before: str, after: str, said: str) -> None:
+    """lm-eval scores 0 for every model and goes on."""
+    file = folder / "choices.yaml"
+    (folder / "utils.py").write_text("def last(doc):\n    return -1\n")
+    file.write_text(file.read_text().replace(before, after))
+    if not said:
+        assert load(folder, "choices")
+        return
+    with pytest.raises(UserError, match=said) as caught:
+        load(folder, "choices")
+    assert caught.value.where == f"{file}, key doc_to_target"
+    assert caught.value.todo.endswith("its fields are prompt, options, gold")
+
+
 def test_a_data_file_without_documents_is_refused(folder: Path) -> None:
     write_lines(folder / "documents.jsonl", [])
     with pytest.raises(UserError, match="'bpb'"):
