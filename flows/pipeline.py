@@ -44,6 +44,7 @@ from tasks.plan import GROUPS, Planned, make_plan, render, select
 from tasks.prepare import prepare
 from tasks.report import report
 from tasks.reporting import result_table_text
+from tasks.stage import ARTIFACT
 from tasks.train import train
 
 calm()  # here, so that a run that a worker starts is calm too
@@ -158,7 +159,7 @@ def _show_plan(plan: dict[str, Planned]) -> None:
 
 def _show_results(plan: dict[str, Planned]) -> None:
     directory = plan["report"].directory
-    if (directory / "results.csv").is_file():
+    if (directory / ARTIFACT).is_file():
         print(f"\n{result_table_text(directory)}\n\nreport: {directory / 'report.html'}")
 
 

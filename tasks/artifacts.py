@@ -36,6 +36,7 @@ from tasks.forecast import rows_for_table
 from tasks.outcome import speaker
 from tasks.plan import Planned
 from tasks.progress import Reading, Thinning, read
+from tasks.reporting.gate import read_verdict, say_verdict
 from tasks.sketch import line_svg
 
 SECONDS_BETWEEN_POSTS = 2.0
@@ -213,7 +214,9 @@ def _training_text(planned: Planned) -> str:
 
 
 def _report_text(directory: Path) -> str:
-    return f"Report: {_link(directory / 'report.html')}\n\nFigures: {_link(directory / 'results.csv')}\n"
+    verdict = read_verdict(directory)
+    gate = f"{say_verdict(verdict)}\n\n" if verdict else ""
+    return f"{gate}Report: {_link(directory / 'report.html')}\n\nFigures: {_link(directory / 'results.csv')}\n"
 
 
 def _link(path: Path) -> str:

@@ -187,10 +187,10 @@ class Evaluate(Section):
 
 
 class Gate(Section):
-    """When a model is promoted; differences in the tasks' own metric."""
+    """What the report's verdict on the last model asks of every metric, against the base, in the metric's own unit."""
 
-    min_domain_gain: float = Field(0.0)
-    max_general_drop: float = Field(1.0, ge=0)
+    min_domain_gain: float = Field(0.0, allow_inf_nan=False)
+    max_general_drop: float = Field(1.0, ge=0, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -234,7 +234,16 @@ class Run(Section):
                     f"{name}.batch_tokens is {stage.batch_tokens}, no multiple of model.seq_len {self.model.seq_len}; "
                     f"the nearest are {' and '.join(map(str, fitting))}", name, "batch_tokens",
                 )  # fmt: skip
+        if self.gate:
+            self._check_gate(self.gate)
         return self
+
+    def _check_gate(self, gate: Gate) -> None:
+        if self.evaluate is None:
+            raise Misplaced("'gate' compares what 'evaluate' measures, and this run has no 'evaluate'", "gate")
+        for bound, side in (("min_domain_gain", "domain"), ("max_general_drop", "general")):
+            if bound in gate.model_fields_set and not getattr(self.evaluate, side):
+                raise Misplaced(f"gate.{bound} has nothing to compare: evaluate.{side} names no task", "gate", bound)
 
 
 def load_config(path: str | Path) -> Run:

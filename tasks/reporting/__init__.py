@@ -2,6 +2,7 @@
 
 gather.py     reads the stages' artifacts and outputs
 results.py    the result table: task x metric, base | CPT | SFT and their differences (pandas)
+gate.py       the gate's verdict on the last model
 facts.py      the other tables: training, mix, ledger, recipe, timings, versions, lineage
 curves.py     loss and learning rate of a training stage (matplotlib, as SVG and PNG)
 samples.py    answers side by side, and rows as they were trained

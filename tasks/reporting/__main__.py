@@ -11,6 +11,7 @@ from pathlib import Path
 from tasks.disk import writes_told
 from tasks.errors import EXIT_USER_ERROR, UserError
 from tasks.progress import say
+from tasks.reporting.gate import read_verdict, say_verdict
 from tasks.stage import is_done, leave_error, read_order, stage_lock
 
 
@@ -31,6 +32,8 @@ def main(directory: Path) -> int:
     except UserError as error:
         leave_error(directory, error)
         return EXIT_USER_ERROR
+    if verdict := read_verdict(directory):
+        say(f"{order.stage:<14}{say_verdict(verdict)}")
     say(f"{order.stage:<14}done: {directory / 'report.html'}, {artifact['seconds']:.0f} s")
     return 0
 

@@ -11,9 +11,10 @@ from tasks.progress import clock
 from tasks.reporting import facts, samples
 from tasks.reporting.blocks import Block, Cell, Gallery, Section, Table, Text, Tone
 from tasks.reporting.curves import training_figure
+from tasks.reporting.gate import say_verdict
 from tasks.reporting.gather import RunRecord
 from tasks.reporting.numbers import listed, number, signed
-from tasks.reporting.results import DIFFERENCES, TITLES, is_better, results_frame
+from tasks.reporting.results import DIFFERENCES, TITLES, gate_verdict, is_better, results_frame
 
 ARROWS = {True: "\u2191", False: "\u2193", None: ""}
 SIDES = {"domain": "Domain: what it should gain", "general": "General: what it should not forget"}
@@ -34,6 +35,21 @@ def subtitle(run: RunRecord) -> list[str]:
     said = [max(stage.artifact["finished_at"] for stage in stages)[:10], f"{clock(seconds)} of computing"]
     said += [f"on {', '.join(tags)}"] if tags else []
     return said + ([f"commit {', '.join(commits)}"] if commits else [])
+
+
+def gate(run: RunRecord) -> Section:
+    """The gate's verdict, and what decided it."""
+    verdict = gate_verdict(run)
+    if verdict is None:
+        return Section("Gate")
+    rows: list[list[str | Cell]] = []
+    for row in verdict["compared"]:
+        said = Cell("yes", "good") if row["passes"] else Cell("no", "bad")
+        metric, gain, bound = row["metric"] or "none with a direction", row["gain"], row["bound"]
+        rows.append([row["task"], metric, *("\u2013" if v is None else signed(v) for v in (gain, bound)), said])
+    caption = "gain over the base, in the direction that is better; \u2013 without a number, which does not pass"
+    table = Table(["task", "metric", "gain", "at least", "passes"], rows, num_text_columns=2, caption=caption)
+    return Section("Gate", [Text(say_verdict(verdict)), table])
 
 
 def results(run: RunRecord) -> Section:
@@ -122,7 +138,7 @@ def provenance(run: RunRecord) -> Section:
 
 
 SECTIONS: tuple[Callable[[RunRecord], Section], ...] = (
-    results, answers, training, data, rows, recipe, provenance,
+    gate, results, answers, training, data, rows, recipe, provenance,
 )  # fmt: skip
 
 

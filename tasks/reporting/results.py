@@ -1,7 +1,4 @@
-"""The result table: one row a task and metric; base | CPT | SFT, and what each stage changed.
-
-Statistics over the logged samples will add columns to this frame, and the gate will read it.
-"""
+"""The result table: one row a task and metric; base | CPT | SFT, and what each stage changed."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from tasks.reporting.gate import judge
 from tasks.reporting.gather import ROLES, RunRecord
 
 TITLES = {"base": "Base", "cpt": "CPT", "sft": "SFT"}
@@ -19,7 +17,7 @@ DIFFERENCES = [(later, earlier) for earlier, later in itertools.combinations(ROL
 
 
 def results_frame(run: RunRecord) -> pd.DataFrame:
-    """Columns: side, task, metric, n, higher_is_better, then base, cpt, sft, then the differences."""
+    """Columns: side, asked, task, metric, n, higher_is_better, then base, cpt, sft, then the differences."""
     tables = {role: run.evaluation(role).json("results.json") for role in run.roles}
     sides = {name: side for side in ("general", "domain") for name in run.order.what.get(side, [])}
     rows: dict[tuple[str, str], dict[str, Any]] = {}
@@ -28,13 +26,21 @@ def results_frame(run: RunRecord) -> pd.DataFrame:
             for metric, value in metrics.items():
                 row = rows.setdefault((task, metric), _row(table, sides, task, metric))
                 row[role] = value
-    columns = ["side", "task", "metric", "n", "higher_is_better", *ROLES]
+    columns = ["side", "asked", "task", "metric", "n", "higher_is_better", *ROLES]
     frame = pd.DataFrame(list(rows.values()), columns=columns)
     frame[list(ROLES)] = frame[list(ROLES)].astype("float64")  # a model or number that is not there: NaN
     for later, earlier in DIFFERENCES:
         frame[f"{later}-{earlier}"] = frame[later] - frame[earlier]
     order = {"domain": 0, "general": 1}
     return frame.sort_values("side", key=lambda side: side.map(order), kind="stable", ignore_index=True)
+
+
+def gate_verdict(run: RunRecord) -> dict[str, Any] | None:
+    """What the gate says of the last model; None for a run without a gate."""
+    what = run.order.what
+    if not what.get("gate"):
+        return None
+    return judge(what["gate"], run.roles[-1], results_frame(run).to_dict("records"), what["domain"] + what["general"])
 
 
 def results_csv(frame: pd.DataFrame) -> str:
@@ -53,6 +59,7 @@ def _row(table: dict[str, Any], sides: dict[str, str], task: str, metric: str) -
     asked = table.get("asked", {}).get(task, task)  # a task of a group stands under the group's name in the config
     return {
         "side": sides.get(task) or sides.get(asked) or "domain",
+        "asked": asked,
         "task": task,
         "metric": metric,
         "n": table["n"].get(task),

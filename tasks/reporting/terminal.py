@@ -1,4 +1,4 @@
-"""The result table for the terminal: aligned text. Standard library only, since the flow's process imports it."""
+"""Result table and gate's verdict for the terminal: aligned text. Standard library only, since the flow imports it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import csv
 import json
 import math
 from pathlib import Path
+from typing import Any
 
+from tasks.reporting.gate import missed_by, read_verdict, say_verdict
 from tasks.stage import read_order
 
 HEADINGS = ("task", "metric", "better", "base", "CPT", "SFT", "CPT-base", "SFT-base", "SFT-CPT")
@@ -14,14 +16,29 @@ NUM_TEXT_COLUMNS = 3
 
 
 def result_table_text(directory: Path) -> str:
-    """The result table of a report's directory, as lines of text."""
+    """The result table of a report's directory, as lines of text; below it the gate's verdict, if there is a gate."""
     with (directory / "results.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows:
         return "nothing was evaluated"
     directions = _directions(directory)
     cells = [HEADINGS] + [_line(row, directions) for row in rows]
-    return _aligned([line for line in cells if line])
+    return "\n".join([_aligned([line for line in cells if line]), *_gate_lines(directory)])
+
+
+def _gate_lines(directory: Path) -> list[str]:
+    verdict = read_verdict(directory)
+    if verdict is None:
+        return []
+    missed = [f"  {row['task']} {_why_missed(row)}" for row in missed_by(verdict)]
+    return ["", say_verdict(verdict), *missed]
+
+
+def _why_missed(row: dict[str, Any]) -> str:
+    if row["metric"] is None:
+        return "has no metric with a direction"
+    gain = "no number" if row["gain"] is None else f"gain {row['gain']:+,.4f}"
+    return f"{row['metric']}: {gain}, at least {row['bound']:+,.4f}"
 
 
 def _line(row: dict[str, str], directions: dict[tuple[str, str], bool | None]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from tasks.reporting.gather import gather
 from tasks.reporting.html import render_html
 from tasks.reporting.markdown import render_markdown
 from tasks.reporting.page import make_sections, subtitle
-from tasks.reporting.results import results_csv, results_frame
+from tasks.reporting.results import gate_verdict, results_csv, results_frame
 from tasks.stage import finish, write_text
 
 CSV, MARKDOWN, HTML = "results.csv", "report.md", "report.html"
@@ -34,6 +34,8 @@ def write_report(directory: Path) -> dict[str, Any]:
     write_text(directory / CSV, results_csv(frame))
     outputs = [CSV, MARKDOWN, HTML, *(f"{figure.name}.png" for figure in plots)]
     counts = {"figures": len(frame), "models": run.roles, "plots": len(plots)}
+    if verdict := gate_verdict(run):
+        counts["gate"] = verdict
     return finish(directory, outputs, counts, time.monotonic() - started_at)
 
 

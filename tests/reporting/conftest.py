@@ -30,7 +30,9 @@ def report_directory(tmp_path: Path) -> Path:
     return make_run(tmp_path / "runs")
 
 
-def make_run(runs: Path, stages: tuple[str, ...] = ("cpt", "sft"), evaluated: bool = True) -> Path:
+def make_run(
+    runs: Path, stages: tuple[str, ...] = ("cpt", "sft"), evaluated: bool = True, gate: dict[str, float] | None = None
+) -> Path:
     """Write every stage of a run; returns the report's directory."""
     made: dict[str, Path] = {}
     for name in stages:
@@ -39,7 +41,7 @@ def make_run(runs: Path, stages: tuple[str, ...] = ("cpt", "sft"), evaluated: bo
         made[name] = _train(runs, name, made[f"prepare_{name}"])
     for role in ("base", *stages) if evaluated else ():
         made[f"evaluate_{role}"] = _evaluate(runs, role)
-    what = {"stages": {name: path.name.split("-")[-1] for name, path in made.items()}, "gate": None,
+    what = {"stages": {name: path.name.split("-")[-1] for name, path in made.items()}, "gate": gate,
             "domain": DOMAIN if evaluated else [], "general": GENERAL if evaluated else []}  # fmt: skip
     order = Order("report", "report", f"regulator {HOSTILE}", what, HOW, {k: str(v) for k, v in made.items()})
     return write_order(order, runs)

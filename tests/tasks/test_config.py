@@ -28,6 +28,9 @@ BAD = {
     "key twice": ("name: tiny", "name: tiny\nname: other", ["'name' stands twice", "run.yaml:2"]),
     "learning rate as text": ("1.0e-3\n  batch_tokens: 512\nsft", "fast\n  batch_tokens: 512\nsft", ["'fast'", "number"]),
     "no yaml": ("name: tiny", "name: [tiny", ["not readable as YAML", "run.yaml"]),
+    "gate of a side without tasks": ("\nevaluate:", "\ngate: {max_general_drop: 0.1}\nevaluate:",
+                                     ["evaluate.general names no task", "gate.max_general_drop"]),
+    "gate without a number": ("\nevaluate:", "\ngate: {min_domain_gain: .nan}\nevaluate:", ["finite", "min_domain_gain"]),
     "missing key": ("model: ", "#model: ", ["the key 'model' is missing"]),
 }  # fmt: skip
 
@@ -41,6 +44,13 @@ def test_a_bad_config_is_refused_with_place_and_remedy(project: Path, case: str)
     message = str(caught.value)
     assert [text for text in said if text not in message] == [], message
     assert len(message.splitlines()) <= 8  # one screen
+
+
+def test_a_gate_without_an_evaluation_is_refused(project: Path) -> None:
+    config = project / "run.yaml"
+    config.write_text(config.read_text().partition("\nevaluate:")[0] + "\ngate: {min_domain_gain: 0.02}\n")
+    with pytest.raises(UserError, match=r"compares what 'evaluate' measures(.|\n)*run.yaml:21, key gate"):
+        load_config(config)
 
 
 def test_a_float_without_a_point_is_still_a_number(project: Path) -> None:
