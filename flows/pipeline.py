@@ -4,7 +4,7 @@
     python -m flows.pipeline --config ... --only sft          one stage, from what stands before it
     python -m flows.pipeline --config ... --until cpt         everything up to a stage
     python -m flows.pipeline --config ... --force sft         again, though it stands; the old one is set aside
-    python -m flows.pipeline --config ... --plan              what would run and why; runs nothing
+    python -m flows.pipeline --config ... --plan              what these would run and why; runs nothing
 
 Exit codes: 0 done; 2 bad input; 75 a worker was stopped and saved a checkpoint, run again to resume; 1 anything else;
 130 Ctrl-C. A SIGTERM to the pipeline itself ends it by that signal (143), once its worker has saved.
@@ -40,7 +40,7 @@ from tasks.forecast import lines, missing_for, preflight
 from tasks.launch import Preempted, WorkerFailed
 from tasks.machine import resolve_tag
 from tasks.outcome import speaker
-from tasks.plan import GROUPS, Planned, make_plan, render, select
+from tasks.plan import GROUPS, Planned, forced, make_plan, render, select
 from tasks.prepare import prepare
 from tasks.report import report
 from tasks.reporting import result_table_text
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
             load_secrets()
         plan = load_plan(options.config, options.hardware)  # a bad config is told before any server starts
         if options.plan:
-            _show_plan(plan)
+            _show_plan(plan, select(plan, options.only, options.until), options.force)
             return 0
         tie_temporary_server()
         with tags(TAG):  # so that the server knows it for ours: flows/automations.py
@@ -151,9 +151,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _show_plan(plan: dict[str, Planned]) -> None:
-    print("\n".join([render(plan), *(["", *said] if (said := lines(plan)) else [])]))
-    if missing := missing_for(plan, plan):
+def _show_plan(plan: dict[str, Planned], wanted: list[str], force: str | None) -> None:
+    plan = forced(plan, wanted, force)
+    forecast = lines(plan, wanted, reused=True)
+    print("\n".join([render({name: plan[name] for name in wanted}), *(["", *forecast] if forecast else [])]))
+    if missing := missing_for(plan, wanted):
         print(f"\nnot on this machine: {missing.what}; {missing.todo}")
 
 
@@ -171,7 +173,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     which.add_argument("--only", choices=GROUPS, help="run this stage alone")
     which.add_argument("--until", choices=GROUPS, help="run up to this stage")
     parser.add_argument("--force", choices=GROUPS, help="run this stage again though it stands")
-    parser.add_argument("--plan", action="store_true", help="print what would run and why, and stop")
+    parser.add_argument(
+        "--plan", action="store_true", help="print what these options would run and why, and stop"
+    )
     return parser.parse_args(argv)
 
 

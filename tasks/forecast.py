@@ -25,9 +25,12 @@ INDENT = " " * 7
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
-def lines(plan: dict[str, Planned], wanted: Iterable[str] | None = None) -> list[str]:
-    """Three lines for each training stage that will run; one on a CPU, where nothing is predicted."""
-    return [line for planned in _trainings(plan, wanted) for line in _stage_lines(planned)]
+def lines(plan: dict[str, Planned], wanted: Iterable[str] | None = None, reused: bool = False) -> list[str]:
+    """Three lines for each training stage that will run; one on a CPU, where nothing is predicted.
+
+    With `reused`, also what those would take that stand.
+    """
+    return [line for planned in _trainings(plan, wanted, reused) for line in _stage_lines(planned)]
 
 
 def preflight(plan: dict[str, Planned], wanted: Iterable[str]) -> None:
@@ -80,15 +83,16 @@ def rows_for_table(plan: dict[str, Planned]) -> list[dict[str, Any]]:
 # --- one stage --------------------------------------------------------------------------------------------------------
 
 
-def _trainings(plan: dict[str, Planned], wanted: Iterable[str] | None) -> list[Planned]:
+def _trainings(plan: dict[str, Planned], wanted: Iterable[str] | None, reused: bool = False) -> list[Planned]:
     names = set(plan if wanted is None else wanted)
-    return [p for name, p in plan.items() if name in names and p.order.kind == "train" and not p.reused and p.choice]
+    trainings = [p for name, p in plan.items() if name in names and p.order.kind == "train" and p.choice]
+    return [p for p in trainings if reused or not p.reused]
 
 
 def _stage_lines(planned: Planned) -> list[str]:
     choice, how = planned.choice, planned.order.how
     assert choice is not None
-    head = f"{planned.stage:<7}{how['tag']}: {choice.say()}"
+    head = f"{planned.stage:<7}{'stands; again on ' if planned.reused else ''}{how['tag']}: {choice.say()}"
     if choice.parts is None:
         return [f"{head}; {_disk(planned)}"]
     parts = " + ".join(f"{name} {gib:.1f}" for name, gib in choice.parts.as_gib().items())

@@ -86,16 +86,22 @@ def make_plan(run: Run, config_path: Path, tag: str, hardware: Hardware) -> dict
     how, shape = {"tag": tag, **place(hardware), **base.how}, shape_if_known(Path(base.path))
     plan: dict[str, Planned] = {}
     for order in orders:
-        planned = _judge(replace(order, how=how | order.how), runs)
-        redone = [p.stage for p in plan.values() if not p.reused and p.directory.name in upstream(order, runs)]
-        if planned.reused and redone:  # the same key, but what it was computed from is being made again
-            planned = replace(planned, reasons=tuple(f"{name} runs again" for name in redone))
+        planned = _follow(_judge(replace(order, how=how | order.how), runs), plan)
         if order.kind == "train":
             planned = _settle(planned, run, tag, hardware, shape)
         if order.kind == "evaluate":
             planned.order.how["dtype"] = evaluation_dtype(hardware, shape)
         plan[planned.stage] = planned
     return plan
+
+
+def _follow(planned: Planned, before: dict[str, Planned]) -> Planned:
+    """Stale where something that it was computed from is made again, though its own key is the same."""
+    read = upstream(planned.order, planned.directory.parent)
+    redone = [p.stage for p in before.values() if not p.reused and p.directory.name in read]
+    if not planned.reused or not redone:
+        return planned
+    return replace(planned, reasons=tuple(f"{name} runs again" for name in redone))
 
 
 def _settle(planned: Planned, run: Run, tag: str, hardware: Hardware, shape: ModelShape | None) -> Planned:
@@ -120,6 +126,17 @@ def select(plan: dict[str, Planned], only: str | None, until: str | None) -> lis
         return [stage for stage, planned in plan.items() if planned.group == only]
     groups = GROUPS[: GROUPS.index(until) + 1] if until else GROUPS
     return [stage for stage, planned in plan.items() if planned.group in groups]
+
+
+def forced(plan: dict[str, Planned], wanted: list[str], group: str | None) -> dict[str, Planned]:
+    """The plan as --force makes it: of the wanted stages that group runs again, and what was computed from it."""
+    after: dict[str, Planned] = {}
+    for name, planned in plan.items():
+        again = planned.reused and planned.group == group and name in wanted
+        if again and planned.unfit:
+            raise planned.unfit
+        after[name] = replace(planned, reasons=("forced",)) if again else _follow(planned, after)
+    return after
 
 
 def render(plan: dict[str, Planned]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.pipeline import main
 from tasks.config import load_config, load_hardware
 from tasks.errors import UserError
 from tasks.plan import PRIMARY_OUTPUT, Planned, make_plan, output_digest, render, select, upstream
@@ -131,6 +132,31 @@ def test_only_and_until_choose_stages(project: Path) -> None:
     assert select(everything, "evaluate", None) == ["evaluate_base", "evaluate_cpt", "evaluate_sft"]
     with pytest.raises(UserError, match="'only' is one stage, 'until' everything up to one"):  # a form cannot refuse it
         select(everything, "cpt", "sft")
+
+
+def test_the_plan_shows_the_stages_that_the_same_options_run(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(*options: str) -> dict[str, str]:
+        assert main(["--config", str(finished / "run.yaml"), "--plan", *options]) == 0
+        table = capsys.readouterr().out.partition("\n\n")[0].splitlines()
+        return {line.split()[1].partition("-")[0]: " ".join([line.split()[0], *line.split()[2:]]) for line in table}
+
+    assert shown() == dict.fromkeys(STAGES, "reuse")
+    assert shown("--only", "cpt") == {"cpt": "reuse"}
+    assert list(shown("--until", "cpt")) == ["prepare_cpt", "prepare_sft", "cpt"]
+    assert shown("--force", "sft") == dict.fromkeys(STAGES, "reuse") | {
+        "sft": "stale forced", "evaluate_sft": "stale sft runs again",
+        "report": "stale sft runs again; evaluate_sft runs again",
+    }  # fmt: skip
+    assert shown("--only", "sft", "--force", "prepare") == {"sft": "reuse"}  # the run forces selected stages only
+
+
+def test_the_plan_says_what_a_training_that_stands_would_take(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--config", str(finished / "run.yaml"), "--plan", "--hardware", "cpu"]) == 0
+    assert "cpt    stands; again on cpu: " in capsys.readouterr().out
 
 
 # --- what a config refers to ----------------------------------------------------------------------------------------
