@@ -118,11 +118,15 @@ def register(client: SyncPrefectClient, said: dict[str, Any], starts_in: str) ->
 
 
 def retire(client: SyncPrefectClient, names: list[str]) -> list[str]:
-    """Pause what an earlier deploy made and the file no longer has; a line for each."""
+    """Pause what an earlier deploy of this project made and the file no longer has; a line for each.
+
+    What starts in another folder is another project's, on a server that both use.
+    """
     lines = []
+    here = client.read_deployment_by_name(names[0]).pull_steps
     for deployment in our_deployments(client):
         name = f"{client.read_flow(deployment.flow_id).name}/{deployment.name}"
-        if name not in names and not deployment.paused:
+        if name not in names and not deployment.paused and deployment.pull_steps == here:
             client.pause_deployment(deployment.id)
             # by us: when the file has it again, that is new, and it runs again
             standing.keep_last(name, (standing.read_last(name) or {}) | {standing.PAUSED: True})

@@ -144,6 +144,10 @@ def test_what_was_changed_on_the_server_stays_and_what_the_file_says_anew_wins(
             "kept: pipeline/old: paused: true",
         ]
 
+    # another project's, on the same server
+    elsewhere = [{"prefect.deployments.steps.set_working_directory": {"directory": "/elsewhere"}}]
+    client.create_deployment(old.flow_id, "theirs", pull_steps=elsewhere, tags=[TAG])
+
     # the file changes: a slug, a time, a parameter, a deployment gone
     entries = yaml.safe_load(file.read_text())
     entries["deployments"].pop()
@@ -159,6 +163,7 @@ def test_what_was_changed_on_the_server_stays_and_what_the_file_says_anew_wins(
     assert weekly.schedule.interval.days == 1  # type: ignore[union-attr]
     assert cpu.parameters == {"config": "configs/mine.yaml", "hardware": "auto"}
     assert old.paused and "paused: pipeline/old: it is no longer in prefect.yaml" in said
+    assert not client.read_deployment_by_name("pipeline/theirs").paused
     assert "set: pipeline/cpu: schedule nightly" in said and 'kept: pipeline/cpu: parameter hardware: "auto"' in said
 
     # without schedules at all, and the old deployment back
