@@ -14,6 +14,8 @@ import base64
 import contextvars
 import json
 import os
+import platform
+import re
 import sys
 import threading
 import time
@@ -57,7 +59,7 @@ def live(stages: Sequence[Planned]) -> Iterator[Callable[[str], None]]:
     if not (ids := _run_ids()):
         yield say
         return
-    poster = _Poster(ids)
+    poster = _Poster(stages[0].order.run, ids)
     thread = threading.Thread(target=contextvars.copy_context().run, args=(poster.run,), daemon=True)
     thread.start()
 
@@ -80,10 +82,11 @@ def show_plan(plan: dict[str, Planned]) -> None:
     """The plan, as the table of a flow run."""
     forecast = rows_for_table(plan)
     _post(
+        next(iter(plan.values())).order.run,
         lambda: [
             _table("plan", tables.plan(plan), "What runs, what is reused, and why"),
             *([_table("trainings", forecast, "What the trainings will take: memory, time, disk")] if forecast else []),
-        ]
+        ],
     )
 
 
@@ -95,11 +98,11 @@ def show_text(key: str, text: str) -> None:
 def show(stages: Sequence[Planned], reused: bool) -> None:
     """What stages left behind, by their kind; of reused ones only the report, which closes every run."""
     if not reused or stages[0].order.kind == "report":
-        _post(lambda: _left_behind(stages))
+        _post(stages[0].order.run, lambda: _left_behind(stages))
 
 
 def _left_behind(stages: Sequence[Planned]) -> list[dict[str, Any]]:
-    kind, directory, name = stages[0].order.kind, stages[0].directory, stages[0].stage.replace("_", "-")
+    kind, directory, name = stages[0].order.kind, stages[0].directory, stages[0].stage
     if kind == "prepare":
         ledger = _table(f"{name}-ledger", tables.ledger(directory), "Tokens by source, from read to trained")
         return [ledger, _table(f"{name}-mix", tables.mix(directory), "Shares asked for and achieved")]
@@ -109,16 +112,16 @@ def _left_behind(stages: Sequence[Planned]) -> list[dict[str, Any]]:
         rows = tables.evaluations([planned.directory for planned in stages])
         return [_table("evaluation", rows, "Metrics of the models evaluated in this run")]
     results = _table("results", tables.results_csv(directory), "Metrics of base, CPT and SFT")
-    return [results, _markdown("report", _report_text(directory))]
+    return [results, _markdown("report", _report_text(stages[0]))]
 
 
 class _Poster:
     """Keeps one progress artifact a stage at the latest reading."""
 
-    def __init__(self, ids: dict[str, Any]) -> None:
-        self.ids, self.stopped = ids, threading.Event()
+    def __init__(self, run_name: str, ids: dict[str, Any]) -> None:
+        self.run_name, self.ids, self.stopped = run_name, ids, threading.Event()
         self.latest: dict[str, Reading] = {}
-        self.shown: dict[str, tuple[Any, Reading]] = {}  # stage -> artifact's id, what it shows
+        self.shown: dict[str, tuple[UUID, Reading]] = {}  # stage -> artifact's id, what it shows
         self.told, self.try_again_at = False, 0.0
 
     def run(self) -> None:
@@ -140,12 +143,11 @@ class _Poster:
             self._post_one(client, stage, reading)
 
     def _post_one(self, client: SyncPrefectClient, stage: str, reading: Reading) -> None:
-        percent, text = 100.0 * reading.share, reading.text
+        content = {"data": 100.0 * reading.share, "description": reading.text}
         artifact = self.shown[stage][0] if stage in self.shown else None
-        if artifact is None or not _update(client, artifact, ArtifactUpdate(data=percent, description=text)):
-            key = f"{stage.replace('_', '-')}-progress"
-            made = ArtifactCreate(key=key, type="progress", data=percent, description=text, **self.ids)
-            artifact = client.create_artifact(made).id
+        if artifact is None or not _update(client, artifact, ArtifactUpdate(**content)):
+            made = {"key": f"{stage}-progress", "type": "progress", **content}
+            artifact = _create(client, self.run_name, made, self.ids)
         self.shown[stage] = (artifact, reading)
 
 
@@ -157,17 +159,23 @@ def _run_ids() -> dict[str, Any]:
     return {"flow_run_id": flow.flow_run.id} if flow and flow.flow_run else {}
 
 
-def _post(build: Callable[[], list[dict[str, Any]]]) -> None:
+def _post(run_name: str, build: Callable[[], list[dict[str, Any]]]) -> None:
     """Queue them: the next stage does not wait for the server to take the tables of the one before."""
     if ids := _run_ids():
         context = contextvars.copy_context()
         warning = "an artifact of this run is not shown"
-        _QUEUE.submit(context.run, _politely, lambda client: _create(client, build(), ids), warning)
+        _QUEUE.submit(context.run, _politely, lambda client: _create_all(client, run_name, build(), ids), warning)
 
 
-def _create(client: SyncPrefectClient, artifacts: list[dict[str, Any]], ids: dict[str, Any]) -> None:
-    for artifact in artifacts:
-        client.create_artifact(ArtifactCreate(**artifact, **ids))
+def _create_all(client: SyncPrefectClient, run_name: str, built: list[dict[str, Any]], ids: dict[str, Any]) -> None:
+    for artifact in built:
+        _create(client, run_name, artifact, ids)
+
+
+def _create(client: SyncPrefectClient, run_name: str, artifact: dict[str, Any], ids: dict[str, Any]) -> UUID:
+    """Under a key with the name of the run's file: the UI shows artifacts of one key as one history."""
+    key = re.sub("[^a-z0-9]+", "-", f"{run_name}-{artifact['key']}".lower())  # what Prefect takes
+    return client.create_artifact(ArtifactCreate(**artifact | {"key": key}, **ids)).id
 
 
 def _update(client: SyncPrefectClient, artifact: UUID, update: ArtifactUpdate) -> bool:
@@ -213,16 +221,21 @@ def _training_text(planned: Planned) -> str:
     )
 
 
-def _report_text(directory: Path) -> str:
+def _report_text(planned: Planned) -> str:
+    directory = planned.directory
     verdict = read_verdict(directory)
-    gate = f"{say_verdict(verdict)}\n\n" if verdict else ""
-    return f"{gate}Report: {_link(directory / 'report.html')}\n\nFigures: {_link(directory / 'results.csv')}\n"
+    lines = [say_verdict(verdict)] if verdict else []
+    lines += [f"Report: {_link(directory / 'report.html')}", f"Figures: {_link(directory / 'results.csv')}"]
+    for stage, made in planned.order.inputs.items():
+        if (model := Path(made) / "model").is_dir():
+            lines.append(f"Model of {stage}: {_link(model)}")
+    return "\n\n".join(lines) + "\n"
 
 
 def _link(path: Path) -> str:
-    """A link that a browser opens, where somebody shows runs/ to it; else the path."""
+    """A link that a browser opens, where somebody shows runs/ to it; else where to look for it."""
     base, runs = os.environ.get(FILES_URL_VARIABLE), Path("runs").resolve()
     if base and path.resolve().is_relative_to(runs):
         relative = path.resolve().relative_to(runs).as_posix() + ("/" if path.is_dir() else "")
         return f"[{path}]({base}/{relative})"
-    return f"`{path.resolve()}`"
+    return f"`{path.resolve()}` on {platform.node()}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +14,10 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from tasks import artifacts
-from tasks.artifacts import _Poster
+from tasks.artifacts import _Poster, _report_text
+from tasks.plan import Planned
 from tasks.progress import Reading
+from tasks.stage import Order
 
 
 @pytest.fixture
@@ -34,16 +38,16 @@ def shown(key: str) -> list[Any]:
 
 
 def test_progress_that_was_deleted_in_the_ui_is_shown_again(warnings: list[str]) -> None:
-    poster = _Poster({})
+    poster = _Poster("Tiny_run.v2", {})
     poster.latest["deleted"] = Reading("deleted", 0.25, "step 1/4")
     poster.post()
-    [first] = shown("deleted-progress")
+    [first] = shown("tiny-run-v2-deleted-progress")
     with get_client(sync_client=True) as client:
         client.delete_artifact(first.id)
     for step in (2, 3):
         poster.latest["deleted"] = Reading("deleted", step / 4, f"step {step}/4")
         poster.post()
-    [again] = shown("deleted-progress")
+    [again] = shown("tiny-run-v2-deleted-progress")
     assert (again.data, again.description, warnings) == (75.0, "step 3/4", [])
 
 
@@ -56,7 +60,7 @@ def test_a_server_that_is_away_is_told_once_and_asked_now_and_then(
         asked.append(now[0])
         raise ConnectionError("all connection attempts failed")
 
-    poster, now = _Poster({}), [1000.0]
+    poster, now = _Poster("Tiny_run.v2", {}), [1000.0]
     monkeypatch.setattr(artifacts, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(artifacts, "get_client", away)
 
@@ -71,5 +75,22 @@ def test_a_server_that_is_away_is_told_once_and_asked_now_and_then(
     poster.run()
     assert len(warnings) == 1 and "ConnectionError" in warnings[0], warnings
     assert 30 < len(asked) < 40
-    [found] = shown("away-progress")
+    [found] = shown("tiny-run-v2-away-progress")
     assert found.description == "at 3070.0"
+
+
+@pytest.mark.parametrize("is_served", [False, True])
+def test_the_report_leads_to_the_models_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_served: bool) -> None:
+    for model in ("cpt-1", "sft-2"):
+        (tmp_path / "runs" / model / "model").mkdir(parents=True)
+    inputs = {stage: str(tmp_path / "runs" / name) for stage, name in
+              (("prepare_cpt", "prepare_cpt-0"), ("cpt", "cpt-1"), ("sft", "sft-2"))}  # fmt: skip
+    planned = Planned(Order("report", "report", "tiny", {}, {}, inputs), tmp_path / "runs" / "report-3", ())
+    monkeypatch.setenv("STEEP_FILES_URL", "http://127.0.0.1:4201")
+    monkeypatch.chdir(tmp_path if is_served else tmp_path / "runs")  # what is shown to browsers is ./runs
+    text = _report_text(planned)
+    assert "prepare" not in text
+    for stage, name in (("cpt", "cpt-1"), ("sft", "sft-2")):
+        there = tmp_path / "runs" / name / "model"
+        link = f"[{there}](http://127.0.0.1:4201/{name}/model/)" if is_served else f"`{there}` on {platform.node()}"
+        assert f"Model of {stage}: {link}\n" in text

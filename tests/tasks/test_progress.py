@@ -1,11 +1,14 @@
 """Lines of progress: all of them move the bar, fewer are kept as hours pass."""
 
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from tasks import artifacts, outcome, progress
+from tasks.plan import Planned
+from tasks.stage import Order
 
 HOUR_SECONDS = 3600
 
@@ -15,7 +18,9 @@ def line(step: int, steps: int) -> str:
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_day_of_progress_is_some_hundred_rows_of_the_log(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+def test_a_day_of_progress_is_some_hundred_rows_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
     said: list[tuple[float, str, bool]] = []
     now, steps = [0.0], 24 * HOUR_SECONDS // 2
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
@@ -23,7 +28,8 @@ def test_a_day_of_progress_is_some_hundred_rows_of_the_log(monkeypatch: pytest.M
     monkeypatch.setattr(artifacts, "_run_ids", lambda: {"flow_run_id": "here"})
     monkeypatch.setattr(artifacts._Poster, "run", lambda self: None)
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
-    with artifacts.live([SimpleNamespace(stage="cpt")]) as say:  # type: ignore[list-item]
+    planned = Planned(Order("cpt", "train", "tiny", {}, {}, {}), tmp_path, ())
+    with artifacts.live([planned]) as say:
         for step in range(1, steps + 1):  # one every 2 s
             now[0] += 2.0
             say(line(step, steps))
