@@ -173,9 +173,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     which.add_argument("--only", choices=GROUPS, help="run this stage alone")
     which.add_argument("--until", choices=GROUPS, help="run up to this stage")
     parser.add_argument("--force", choices=GROUPS, help="run this stage again though it stands")
-    parser.add_argument(
-        "--plan", action="store_true", help="print what these options would run and why, and stop"
-    )
+    parser.add_argument("--plan", action="store_true", help="print what these options would run and why, and stop")
     return parser.parse_args(argv)
 
 
