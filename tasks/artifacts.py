@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import contextvars
 import json
+import math
 import os
 import platform
 import re
@@ -40,9 +41,12 @@ from tasks.plan import Planned
 from tasks.progress import Reading, Thinning, read
 from tasks.reporting.gate import read_verdict, say_verdict
 from tasks.sketch import line_svg
+from tasks.stage import ARTIFACT
+from tasks.training.metrics import METRICS
 
 SECONDS_BETWEEN_POSTS = 2.0
 SECONDS_FOR_LAST_POST = 5.0
+SECONDS_TO_FIRST_PICTURE, SECONDS_BETWEEN_PICTURES = 20.0, 180.0  # of the loss
 SECONDS_WITHOUT_SERVER = 60.0  # after a post that failed: it may be away for days
 _QUEUE = ThreadPoolExecutor(max_workers=1)  # emptied before the process ends
 FILES_URL_VARIABLE = "STEEP_FILES_URL"  # where `make serve` shows runs/ to a browser
@@ -59,7 +63,7 @@ def live(stages: Sequence[Planned]) -> Iterator[Callable[[str], None]]:
     if not (ids := _run_ids()):
         yield say
         return
-    poster = _Poster(stages[0].order.run, ids)
+    poster = _Poster(stages, ids)
     thread = threading.Thread(target=contextvars.copy_context().run, args=(poster.run,), daemon=True)
     thread.start()
 
@@ -76,6 +80,7 @@ def live(stages: Sequence[Planned]) -> Iterator[Callable[[str], None]]:
     finally:
         poster.stopped.set()
         thread.join(SECONDS_FOR_LAST_POST)
+        _QUEUE.submit(contextvars.copy_context().run, poster.post_last_picture)
 
 
 def show_plan(plan: dict[str, Planned]) -> None:
@@ -96,7 +101,8 @@ def show_text(key: str, text: str) -> None:
 
 
 def show(stages: Sequence[Planned], reused: bool) -> None:
-    """What stages left behind, by their kind; of reused ones only the report, which closes every run."""
+    """What stages left behind, by their kind (a training's loss was shown while it ran); of reused ones only the
+    report, which closes every run."""
     if not reused or stages[0].order.kind == "report":
         _post(stages[0].order.run, lambda: _left_behind(stages))
 
@@ -107,7 +113,7 @@ def _left_behind(stages: Sequence[Planned]) -> list[dict[str, Any]]:
         ledger = _table(f"{name}-ledger", tables.ledger(directory), "Tokens by source, from read to trained")
         return [ledger, _table(f"{name}-mix", tables.mix(directory), "Shares asked for and achieved")]
     if kind == "train":
-        return [_markdown(f"{name}-loss", _training_text(stages[0]))]
+        return []
     if kind == "evaluate":
         rows = tables.evaluations([planned.directory for planned in stages])
         return [_table("evaluation", rows, "Metrics of the models evaluated in this run")]
@@ -116,12 +122,16 @@ def _left_behind(stages: Sequence[Planned]) -> list[dict[str, Any]]:
 
 
 class _Poster:
-    """Keeps one progress artifact a stage at the latest reading."""
+    """Keeps one progress artifact a stage at the latest reading, and the loss of a training at its latest steps."""
 
-    def __init__(self, run_name: str, ids: dict[str, Any]) -> None:
-        self.run_name, self.ids, self.stopped = run_name, ids, threading.Event()
+    def __init__(self, stages: Sequence[Planned], ids: dict[str, Any]) -> None:
+        self.run_name, self.ids, self.stopped = stages[0].order.run, ids, threading.Event()
         self.latest: dict[str, Reading] = {}
-        self.shown: dict[str, tuple[UUID, Reading]] = {}  # stage -> artifact's id, what it shows
+        self.shown: dict[str, Reading] = {}  # by stage
+        self.made: dict[str, UUID] = {}  # artifacts by key
+        self.training = stages[0] if stages[0].order.kind == "train" else None
+        self.steps_before = self._steps_written_at()  # by an earlier try, or by the stage that is reused
+        self.draw_at = math.inf
         self.told, self.try_again_at = False, 0.0
 
     def run(self) -> None:
@@ -133,22 +143,50 @@ class _Poster:
 
     def post(self) -> None:
         """Create or update what has changed; one warning, and no further try for a while, if the server does not."""
-        changed = {s: r for s, r in dict(self.latest).items() if s not in self.shown or self.shown[s][1] != r}
+        changed = {stage: reading for stage, reading in dict(self.latest).items() if self.shown.get(stage) != reading}
+        draws = self._is_picture_due()
         warning = "" if self.told else "progress is not shown until the server takes it"
-        if changed and not _politely(lambda client: self._post_all(client, changed), warning):
+        if (changed or draws) and not _politely(lambda client: self._post_all(client, changed, draws), warning):
             self.told, self.try_again_at = True, time.monotonic() + SECONDS_WITHOUT_SERVER
 
-    def _post_all(self, client: SyncPrefectClient, changed: dict[str, Reading]) -> None:
-        for stage, reading in changed.items():
-            self._post_one(client, stage, reading)
+    def post_last_picture(self) -> None:
+        """The loss once more, however the training ended: up to the step that broke it, too."""
+        if self._has_trained():
+            _politely(self._draw, "the loss of this run is not shown")
 
-    def _post_one(self, client: SyncPrefectClient, stage: str, reading: Reading) -> None:
-        content = {"data": 100.0 * reading.share, "description": reading.text}
-        artifact = self.shown[stage][0] if stage in self.shown else None
-        if artifact is None or not _update(client, artifact, ArtifactUpdate(**content)):
-            made = {"key": f"{stage}-progress", "type": "progress", **content}
-            artifact = _create(client, self.run_name, made, self.ids)
-        self.shown[stage] = (artifact, reading)
+    def _post_all(self, client: SyncPrefectClient, changed: dict[str, Reading], draws: bool) -> None:
+        for stage, reading in changed.items():
+            content = {"data": 100.0 * reading.share, "description": reading.text}
+            self._keep(client, {"key": f"{stage}-progress", "type": "progress", **content})
+            self.shown[stage] = reading
+        if draws:
+            self._draw(client)
+
+    def _draw(self, client: SyncPrefectClient) -> None:
+        assert self.training is not None
+        self._keep(client, _markdown(f"{self.training.stage}-loss", _training_text(self.training)))
+        self.draw_at = time.monotonic() + SECONDS_BETWEEN_PICTURES
+
+    def _keep(self, client: SyncPrefectClient, artifact: dict[str, Any]) -> None:
+        key, content = artifact["key"], {name: artifact[name] for name in ("data", "description") if name in artifact}
+        if key not in self.made or not _update(client, self.made[key], ArtifactUpdate(**content)):
+            self.made[key] = _create(client, self.run_name, artifact, self.ids)
+
+    def _is_picture_due(self) -> bool:
+        if self.draw_at == math.inf and self._has_trained():
+            self.draw_at = time.monotonic() + SECONDS_TO_FIRST_PICTURE
+        return time.monotonic() >= self.draw_at
+
+    def _has_trained(self) -> bool:
+        return self._steps_written_at() not in (0, self.steps_before)
+
+    def _steps_written_at(self) -> int:
+        """When the last step was written down, in nanoseconds; 0 without any step."""
+        try:
+            metrics = (self.training.directory / METRICS).stat() if self.training else None
+        except FileNotFoundError:
+            return 0
+        return metrics.st_mtime_ns if metrics and metrics.st_size else 0
 
 
 def _run_ids() -> dict[str, Any]:
@@ -213,11 +251,14 @@ def _training_text(planned: Planned) -> str:
     directory = planned.directory
     steps, losses = tables.loss_curve(directory)
     picture = base64.b64encode(line_svg(steps, losses, "loss").encode()).decode()
-    facts = "\n".join(f"| {name} | {value} |" for name, value in tables.training_facts(directory))
+    ended = (directory / ARTIFACT).is_file()
+    rows = tables.training_facts(directory) if ended else tables.training_so_far(directory)
+    facts = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (
         f"## {planned.stage}: loss over steps\n\n![loss over steps](data:image/svg+xml;base64,{picture})\n\n"
         f"| what | value |\n|---|---|\n{facts}\n\n"
-        f"Model: {_link(directory / 'model')}\n\nLog: {_link(directory / 'worker.log')}\n"
+        + (f"Model: {_link(directory / 'model')}\n\n" if ended else "")
+        + f"Log: {_link(directory / 'worker.log')}\n"
     )
 
 

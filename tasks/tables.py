@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from tasks.plan import Planned
 from tasks.stage import read_artifact
+from tasks.training.metrics import read_metrics
 
 Rows = list[dict[str, Any]]
 
@@ -62,9 +64,10 @@ def results_csv(directory: Path) -> Rows:
 
 
 def loss_curve(directory: Path) -> tuple[list[float], list[float]]:
-    """Steps and losses of a training."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    points = [(float(line["step"]), float(line["loss"])) for line in lines if line.get("loss") is not None]
+    """Steps and losses of a training, which may still run."""
+    points = [
+        (float(line["step"]), float(line["loss"])) for line in read_metrics(directory) if line["loss"] is not None
+    ]
     return [step for step, _ in points], [loss for _, loss in points]
 
 
@@ -80,6 +83,19 @@ def training_facts(directory: Path) -> list[tuple[str, str]]:
         ("tokens a second", f"{counts['tokens_per_second']:,.0f}"),
         ("weights that moved", f"{counts['weights_moved_share']:.1%}"),
         ("seconds", f"{artifact['seconds']:,.0f}"),
+    ]
+
+
+def training_so_far(directory: Path) -> list[tuple[str, str]]:
+    """What one asks first about a training that runs, or did not reach its end."""
+    lines = read_metrics(directory)
+    tokens, seconds = sum(line["tokens"] for line in lines), sum(line["seconds"] for line in lines)
+    losses = [line["loss"] for line in lines if line["loss"] is not None]
+    return [
+        ("steps so far", f"{len(lines):,}"),
+        ("tokens so far", f"{tokens:,}"),
+        *([("last loss", f"{losses[-1]:.4f}")] if losses else []),
+        ("tokens a second", f"{tokens / (seconds or math.inf):,.0f}"),
     ]
 
 

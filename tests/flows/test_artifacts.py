@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import logging
+import math
 import platform
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -32,13 +37,17 @@ def warnings() -> Iterator[list[str]]:
     logger.removeHandler(handler)
 
 
+def stage_of(directory: Path, kind: str) -> Planned:
+    return Planned(Order("cpt", kind, "Tiny_run.v2", {}, {}, {}), directory, ())
+
+
 def shown(key: str) -> list[Any]:
     with get_client(sync_client=True) as client:
         return client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
 
 
-def test_progress_that_was_deleted_in_the_ui_is_shown_again(warnings: list[str]) -> None:
-    poster = _Poster("Tiny_run.v2", {})
+def test_progress_that_was_deleted_in_the_ui_is_shown_again(warnings: list[str], tmp_path: Path) -> None:
+    poster = _Poster([stage_of(tmp_path, "evaluate")], {})
     poster.latest["deleted"] = Reading("deleted", 0.25, "step 1/4")
     poster.post()
     [first] = shown("tiny-run-v2-deleted-progress")
@@ -52,7 +61,7 @@ def test_progress_that_was_deleted_in_the_ui_is_shown_again(warnings: list[str])
 
 
 def test_a_server_that_is_away_is_told_once_and_asked_now_and_then(
-    warnings: list[str], monkeypatch: pytest.MonkeyPatch
+    warnings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[float] = []
 
@@ -60,7 +69,7 @@ def test_a_server_that_is_away_is_told_once_and_asked_now_and_then(
         asked.append(now[0])
         raise ConnectionError("all connection attempts failed")
 
-    poster, now = _Poster("Tiny_run.v2", {}), [1000.0]
+    poster, now = _Poster([stage_of(tmp_path, "evaluate")], {}), [1000.0]
     monkeypatch.setattr(artifacts, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(artifacts, "get_client", away)
 
@@ -94,3 +103,50 @@ def test_the_report_leads_to_the_models_too(tmp_path: Path, monkeypatch: pytest.
         there = tmp_path / "runs" / name / "model"
         link = f"[{there}](http://127.0.0.1:4201/{name}/model/)" if is_served else f"`{there}` on {platform.node()}"
         assert f"Model of {stage}: {link}\n" in text
+
+
+def step(number: int) -> str:
+    return json.dumps({"step": number, "loss": 1 / number, "tokens": 1000, "seconds": 0.5}) + "\n"
+
+
+def num_points(text: str) -> int:
+    picture = base64.b64decode(text.split("base64,")[1].split(")")[0]).decode()
+    return len(picture.split('points="')[1].split('"')[0].split())
+
+
+def test_the_loss_is_shown_while_a_training_runs_and_when_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, metrics = "tiny-run-v2-cpt-loss", tmp_path / "metrics.jsonl"
+    monkeypatch.setattr(artifacts, "_run_ids", lambda: {"flow_run_id": uuid4()})
+    for name, seconds in (
+        ("SECONDS_BETWEEN_POSTS", 0.05),
+        ("SECONDS_TO_FIRST_PICTURE", 0.1),
+        ("SECONDS_BETWEEN_PICTURES", 0.3),
+    ):
+        monkeypatch.setattr(artifacts, name, seconds)
+    metrics.write_text(step(1))
+    with artifacts.live([stage_of(tmp_path, "train")]):
+        time.sleep(1)
+    artifacts._QUEUE.submit(int).result()
+    assert shown(key) == [], "it was reused: another run has shown it"
+
+    with pytest.raises(FloatingPointError), artifacts.live([stage_of(tmp_path, "train")]):
+        metrics.write_text(step(1) + step(2) + step(3)[:20])  # looked at in the middle of a line
+        wait_until(lambda: [num_points(one.data) for one in shown(key)] == [2 + 1])  # the last one twice, as its end
+        metrics.write_text("".join(step(number) for number in range(1, 9)))
+        wait_until(lambda: [num_points(one.data) for one in shown(key)] == [8 + 1])
+        monkeypatch.setattr(artifacts, "SECONDS_BETWEEN_PICTURES", math.inf)
+        time.sleep(1)
+        metrics.write_text("".join(step(number) for number in range(1, 10)))
+        raise FloatingPointError("a loss that is not finite")
+    artifacts._QUEUE.submit(int).result()
+    [text] = [one.data for one in shown(key)]
+    assert num_points(text) == 9 + 1 and "| steps so far | 9 |" in text and "| tokens a second | 2,000 |" in text
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
