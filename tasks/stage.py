@@ -145,7 +145,7 @@ def finish(directory: Path, outputs: Iterable[str], counts: dict[str, Any], seco
     order = read_order(directory)
     sweep(directory)
     files = sorted(file for output in outputs for file in _files_below(directory / output))
-    _sync(files, directory)  # what they came from, a training's checkpoints, is deleted as soon as the artifact stands
+    sync(files, directory)  # what they came from, a training's checkpoints, is deleted as soon as the artifact stands
     artifact = {
         "stage": order.stage,
         "key": order.key,
@@ -160,7 +160,7 @@ def finish(directory: Path, outputs: Iterable[str], counts: dict[str, Any], seco
         "counts": counts,
     }
     write_json(directory / ARTIFACT, artifact)
-    _sync([], directory)
+    sync([], directory)
     return artifact
 
 
@@ -243,7 +243,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(files: Iterable[Path], directory: Path) -> None:
+def sync(files: Iterable[Path], directory: Path) -> None:
     """Let files, and their names in the folders up to the stage's, survive a power cut."""
     folders = {directory}
     for file in files:

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tasks.progress import say
-from tasks.stage import file_sha256, write_json
+from tasks.stage import file_sha256, sync, write_json
 
 FOLDER, WRITING, DIGESTS = "checkpoints", ".writing", "digests.json"
 DAMAGED = "damaged-"  # before the name of one that was passed over; it goes when the stage is done
@@ -43,13 +43,18 @@ def clear_unfinished(directory: Path) -> None:
 
 
 def publish(directory: Path, step: int, keep_last: int) -> Path:
-    """Digest the written checkpoint, rename it into place, and remove the ones beyond `keep_last`."""
+    """Digest the written checkpoint, rename it into place, and remove the ones beyond `keep_last`.
+
+    A power cut at any moment leaves a whole one: all of it is on the disk before its rename, and that before a removal.
+    """
     written = written_folder(directory, step)
     write_json(written / DIGESTS, _digest(written))
+    sync([file for file in written.rglob("*") if file.is_file()], directory)
     final = directory / FOLDER / f"checkpoint-{step:08d}"
     if final.exists():  # of a run by other means; ours resume from the newest one
         shutil.rmtree(final)
     written.rename(final)
+    sync([], final.parent)
     clear_unfinished(directory)
     for old in list_checkpoints(directory)[keep_last:]:
         shutil.rmtree(old)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,6 +69,34 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert checkpoint.newest_whole(tmp_path) == older
     said = capsys.readouterr().out
     assert "step 20 is damaged" in said and "falling back" in said
+
+
+def test_a_checkpoint_is_on_the_disk_before_an_older_one_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a power cut leaves: content and names that were synced, and no more."""
+    older = write(tmp_path, 10)
+    deeds: list[tuple[str, Path]] = []
+
+    def noting(deed: str, do: Callable[..., Any], path_of: Callable[..., Path]) -> Callable[..., Any]:
+        def done(*arguments: Any, **named: Any) -> Any:
+            deeds.append((deed, path_of(arguments[0])))
+            return do(*arguments, **named)
+
+        return done
+
+    monkeypatch.setattr(
+        os, "fsync", noting("sync", os.fsync, lambda number: Path(f"/proc/self/fd/{number}").readlink())
+    )
+    monkeypatch.setattr(os, "rename", noting("rename", os.rename, Path))
+    monkeypatch.setattr(shutil, "rmtree", noting("remove", shutil.rmtree, Path))
+    made = write(tmp_path, 20, keep_last=1)
+    written = checkpoint.written_folder(tmp_path, 20)
+    renamed, removed = deeds.index(("rename", written)), deeds.index(("remove", older))
+    synced = {path for deed, path in deeds[:renamed] if deed == "sync"}
+    assert {written / path.relative_to(made) for path in [made, *made.rglob("*")]} <= synced
+    assert {made / "shards" / "rank0", made / checkpoint.DIGESTS} <= set(made.rglob("*"))
+    assert tmp_path in synced, "the name of the folder of all checkpoints"
+    assert ("sync", made.parent) in deeds[renamed:removed]
+    assert not [path for deed, path in deeds[:removed] if deed == "remove" and path != written.parent]
 
 
 def test_a_save_that_was_cut_off_is_no_checkpoint(tmp_path: Path) -> None:
