@@ -7,20 +7,25 @@ Tensors are stored under their parameter's own name, with their place in the who
 resumes on one and the other way round: each process reads the parts that it holds, and none gathers the model.
 
 The states of the random generators stay the trainer's: they are restored with as many processes as before.
+
+Reading a checkpoint runs no code of its own: tensors and schedule are loaded with `weights_only`, and of the pickle in
+which torch describes the tensors only its own descriptions are admitted.
 """
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
@@ -29,6 +34,18 @@ from tasks.errors import UserError
 from tasks.training.moments import Moment, agree, pack, place, unpack
 
 STATE, SCHEDULE = "state", "schedule.pt"
+METADATA = ".metadata"  # torch's name
+# What METADATA may be made of, beside names of dtypes. Not `BytesStorageMetadata`: its content is unpickled freely.
+DESCRIPTIONS = {
+    *(("torch.distributed.checkpoint.metadata", name) for name in (
+        "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+        "_MEM_FORMAT_ENCODING")),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),  # Python 3.13's name
+}  # fmt: skip
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # names that compiling and recomputing put in between
 
 
@@ -49,10 +66,10 @@ def save_states(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> Non
 @torch.no_grad()
 def load_states(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> None:
     """Read the states into place; called by every process, however many saved them."""
-    if not (folder / STATE / ".metadata").is_file():
+    if not (folder / STATE / METADATA).is_file():
         raise UserError(f"the checkpoint holds no {STATE}/: an earlier version saved it", where=str(folder),
                         todo="start the stage over with --force")  # fmt: skip
-    reader = FileSystemReader(folder / STATE)
+    reader = StateReader(folder / STATE)
     stored = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
     make_moments(optimizer)
     moments = []
@@ -72,6 +89,33 @@ def load_states(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> Non
     scheduler.load_state_dict(torch.load(folder / SCHEDULE, map_location="cpu", weights_only=True))
     for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
         set_rate(group, rate)
+
+
+class StateReader(FileSystemReader):
+    """torch's reader, whose own `read_metadata` is a bare `pickle.load`."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What the checkpoint holds. Raises `UserError` where its description asks for anything else."""
+        file = Path(self.path) / METADATA
+        with file.open("rb") as opened:
+            metadata: Metadata = _Unpickler(opened).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self.name = file.name
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        if (module, name) in DESCRIPTIONS:
+            return super().find_class(module, name)
+        raise UserError(f"the checkpoint asks for {module}.{name}, which describes no tensor: we did not write it so",
+                        where=self.name, todo="find out who did, and move the checkpoint away")  # fmt: skip
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.optim.lr_scheduler import LambdaLR
 
+from tasks.errors import UserError
 from tasks.training.metrics import METRICS, read_metrics
 from tasks.training.states import STATE, list_moments, load_states, save_states
 from tests.training.conftest import make_prepared, make_stage, train_here, weights
@@ -71,6 +74,44 @@ def test_moments_that_a_checkpoint_does_not_hold_are_made_by_their_first_step(tm
     assert its_optimizer.state[other.late.weight]["step"] == 3, "the step that made the zeros does not count"
     for name, parameter in other.named_parameters():
         assert torch.equal(parameter, dict(model.named_parameters())[name]), name
+
+
+class Deed:
+    """Done by whoever unpickles it."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("craft", ["in place of it", "within it", "as bytes"])
+def test_a_checkpoint_runs_no_code(tmp_path: Path, craft: str) -> None:
+    """Whoever can write to a shared `runs/` can write digests too: nothing but the reader stands in between."""
+    model, optimizer, scheduler = start()
+    model.step(optimizer, scheduler, 1, "early late")
+    save_states(tmp_path, model, optimizer, scheduler)
+    file, mark = tmp_path / STATE / ".metadata", tmp_path / "mark"
+    deed: Any = Deed(mark)
+    if craft != "in place of it":
+        metadata = FileSystemReader(tmp_path / STATE).read_metadata()
+        if craft == "within it":
+            metadata.planner_data = deed
+        else:  # what torch.distributed.checkpoint reads with `weights_only=False`
+            metadata.state_dict_metadata["model.early.weight"] = BytesStorageMetadata()
+            [shard] = file.parent.glob("*.distcp")
+            torch.save(deed, shard)
+            for index, info in metadata.storage_data.items():
+                if index.fqn == "model.early.weight":
+                    info.offset, info.length = 0, shard.stat().st_size
+        deed = metadata
+    file.write_bytes(pickle.dumps(deed))
+    with pytest.raises(UserError, match=r"describes no tensor") as refused:
+        load_states(tmp_path, *start())
+    assert refused.value.where == str(file) and not mark.exists()
+    pickle.loads(pickle.dumps(Deed(mark)))
+    assert mark.exists(), "the deed is one"
 
 
 def test_a_training_resumes_from_a_checkpoint_before_its_first_real_step(
