@@ -2,7 +2,7 @@
 
 `make_plan` turns a run's config into one `Planned` a stage, in the order of the DAG. Every key follows from the config
 and the digests of files, so the whole plan is known before anything runs. A stage is stale when no finished directory
-has its key; the reasons are the differences between its order and the newest one of the same stage and run.
+has its key; the reasons are the differences between its order and the nearest finished one of the same stage and run.
 
 Imports neither Prefect nor torch: `make plan` answers at once.
 """
@@ -22,7 +22,7 @@ from tasks.digests import Digests
 from tasks.errors import UserError
 from tasks.hardware import place
 from tasks.model_shape import ModelShape, shape_if_known
-from tasks.reasons import differences
+from tasks.reasons import differences, shortened
 from tasks.resolve import BaseModelFiles, resolve_base_model, resolve_sources
 from tasks.stage import (
     ARTIFACT,
@@ -265,18 +265,19 @@ def why_not_reused(directory: Path) -> list[str]:
 
 
 def _why_stale(order: Order, runs: Path) -> list[str]:
-    earlier = _newest_order(order, runs)
+    earlier = _nearest_order(order, runs)
     if earlier is None:
         return [INTERRUPTED if (order.directory(runs) / ORDER).exists() else NEW]
     if earlier["version"] != VERSIONS[order.kind]:
         return [f"worker version {earlier['version']} -> {VERSIONS[order.kind]}"]
-    return differences(earlier["what"], order.what) or [INTERRUPTED]
+    return shortened(differences(earlier["what"], order.what)) or [INTERRUPTED]
 
 
-def _newest_order(order: Order, runs: Path) -> dict[str, Any] | None:
-    """The newest finished order of the same stage and run; without one, of the same stage."""
+def _nearest_order(order: Order, runs: Path) -> dict[str, Any] | None:
+    """Of the finished orders of the same stage and run, the newest of those with the fewest differences."""
     found = []
     for path in runs.glob(f"{order.stage}-*/{ORDER}"):
-        if read_sound_order(path.parent) and (raw := read_json(path)) and path.with_name(ARTIFACT).is_file():
-            found.append((raw["run"] == order.run, path.with_name(ARTIFACT).stat().st_mtime_ns, raw))
-    return max(found, key=lambda item: item[:2])[2] if found else None
+        sound, raw, artifact = read_sound_order(path.parent), read_json(path), path.with_name(ARTIFACT)
+        if sound and sound.run == order.run and raw and artifact.is_file():
+            found.append((len(differences(raw["what"], order.what)), -artifact.stat().st_mtime_ns, raw))
+    return min(found, key=lambda item: item[:2])[2] if found else None

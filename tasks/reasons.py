@@ -10,10 +10,14 @@ MAX_REASONS = 4
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What changed from one order's `what` to another's: at most `MAX_REASONS`, and how many more there are."""
+    """What changed from one order's `what` to another's."""
     old, new = (_flatten(what) for what in _name_models(before, after))
     names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
-    changes = list(dict.fromkeys(_describe(name, old.get(name), new.get(name)) for name in names))
+    return list(dict.fromkeys(_describe(name, old.get(name), new.get(name)) for name in names))
+
+
+def shortened(changes: list[str]) -> list[str]:
+    """At most `MAX_REASONS` of them, and how many more there are."""
     more = [f"and {len(changes) - MAX_REASONS} more"] if len(changes) > MAX_REASONS else []
     return changes[:MAX_REASONS] + more
 

@@ -67,6 +67,23 @@ def test_another_start_is_told_in_a_word(finished: Path) -> None:
     assert stale(finished)["sft"] == 'init "cpt" -> "the base model"'
 
 
+def test_reasons_come_from_the_nearest_order_of_the_same_run(finished: Path) -> None:
+    config = finished / "run.yaml"
+    first = config.read_text()
+    edit(finished, "tokens: 4096", "tokens: 2048")
+    edit(finished, "general: 0.25", "general: 0.5")
+    pretend(plan(finished)["prepare_cpt"])  # newer than the first, and farther from what follows
+    config.write_text(first.replace("tokens: 4096", "tokens: 3072"))
+    assert stale(finished)["prepare_cpt"] == "tokens 4096 -> 3072"
+
+
+def test_a_run_by_another_name_is_not_yet_run(finished: Path) -> None:
+    edit(finished, "name: tiny", "name: other")
+    assert stale(finished) == {}  # the same orders under another name: they stand
+    edit(finished, "tokens: 4096", "tokens: 2048")
+    assert stale(finished)["prepare_cpt"] == stale(finished)["cpt"] == "not yet run"
+
+
 def test_the_hardware_tag_re_runs_nothing(finished: Path) -> None:
     assert stale(finished, "cpu-x2") == {}
 
