@@ -30,12 +30,14 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import State, StateType
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
-from prefect.flows import load_flow_from_entrypoint
+from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.states import Crashed
+from prefect.utilities.schema_tools import ValidationError, validate
 
 from flows import standing
 from flows.automations import HEARTBEAT, automate
 from flows.pools import POOL_LIMITS, PREFECT_FILE, TAG, pools
+from flows.reach import require_server
 from tasks.errors import EXIT_USER_ERROR, UserError
 
 ALIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
@@ -45,6 +47,7 @@ def main() -> int:
     """The command line; returns the exit code."""
     try:
         url = require_api_url()
+        require_server()
         deploy(url)
         if "--mark-lost" in sys.argv:  # from `make serve`, which knows that no worker runs yet
             mark_lost_runs()
@@ -88,8 +91,22 @@ def read_file() -> dict[str, Any]:
                 where=str(PREFECT_FILE),
                 todo="give it a `work_pool` as the others have: a run that sends no heartbeat is marked Crashed",
             )
+        check_parameters(entry)
         entry["tags"] = sorted({*entry.get("tags", []), TAG})
     return said
+
+
+def check_parameters(entry: dict[str, Any]) -> None:
+    """Raise `UserError` for what the server would refuse, and for a name that the flow does not know."""
+    given, name = entry.get("parameters") or {}, full_name(entry)
+    schema = load_flow(entry).parameters.model_dump()
+    try:
+        validate(given, schema, raise_on_error=True, ignore_required=True)
+    except ValidationError as error:
+        raise UserError(f"the parameters of {name}: {error}", where=str(PREFECT_FILE)) from None
+    if unknown := [key for key in given if key not in schema["properties"]]:
+        raise UserError(f"{name} has no parameter '{unknown[0]}'", where=str(PREFECT_FILE),
+                        allowed=", ".join(schema["properties"]))  # fmt: skip
 
 
 def register(client: SyncPrefectClient, said: dict[str, Any], starts_in: str) -> list[str]:
@@ -136,8 +153,13 @@ def retire(client: SyncPrefectClient, names: list[str]) -> list[str]:
 
 def full_name(entry: dict[str, Any]) -> str:
     """`pipeline/cpu`."""
+    return f"{load_flow(entry).name}/{entry['name']}"
+
+
+def load_flow(entry: dict[str, Any]) -> Flow[..., Any]:
+    """The flow of an entry of the file."""
     try:
-        return f"{load_flow_from_entrypoint(entry['entrypoint']).name}/{entry['name']}"
+        return load_flow_from_entrypoint(entry["entrypoint"])
     except Exception as error:  # whatever its import raises
         raise UserError(f"the entrypoint {entry['entrypoint']} cannot be loaded: {error}", where=str(PREFECT_FILE),
                         allowed="module:flow, as flows.pipeline:pipeline") from error  # fmt: skip
@@ -180,8 +202,16 @@ def run_prefect(*arguments: str, **environment: str) -> None:
     command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
     if done.returncode:
-        said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
-        raise UserError(f"`prefect {' '.join(arguments)}` failed:\n{said}", where=str(PREFECT_FILE))
+        raise UserError(
+            f"`prefect {arguments[0]}` failed:\n{end_of(done.stdout + done.stderr)}", where=str(PREFECT_FILE)
+        )
+
+
+def end_of(output: str) -> str:
+    """The last lines; of a traceback only what it ends with."""
+    lines = output.strip().splitlines()[-15:]
+    indented = [number for number, line in enumerate(lines) if line.startswith('  File "')]
+    return "\n".join(line for line in lines[indented[-1] if indented else 0 :] if not indented or line[:1] != " ")
 
 
 if __name__ == "__main__":

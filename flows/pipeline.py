@@ -30,6 +30,7 @@ from flows.heartbeat import wake_heartbeats
 from flows.overlap import skip
 from flows.parameters import DEFAULT_CONFIG, Config, HardwareOrDefault, Stage
 from flows.pools import TAG
+from flows.reach import require_server
 from flows.routing import hand_over
 from flows.tether import tie_temporary_server
 from tasks.artifacts import show_plan
@@ -127,12 +128,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if os.environ.get(SECRETS):  # the plan may ask the hub for a gated model; only for them a server starts already
             tie_temporary_server()
+            require_server()
             load_secrets()
         plan = load_plan(options.config, options.hardware)  # a bad config is told before any server starts
         if options.plan:
             _show_plan(plan, select(plan, options.only, options.until), options.force)
             return 0
         tie_temporary_server()
+        require_server()
         with tags(TAG):  # so that the server knows it for ours: flows/automations.py
             pipeline(options.config, options.hardware, options.only, options.until, options.force)
         _show_results(plan)
