@@ -20,7 +20,7 @@ from prefect.utilities.urls import url_for
 
 from flows.parameters import hardware_tags
 from tasks.artifacts import show_text
-from tasks.config import load_hardware
+from tasks.config import load_config, load_hardware
 from tasks.errors import UserError
 from tasks.hardware import AUTO
 
@@ -66,7 +66,7 @@ def hand_over(asked: str | None, of_config: str, parameters: dict[str, Any]) -> 
         ) from None
     said = f"'{tag}' runs in the pool {pool}: flow run {run.id}"  # its name it gets when it starts
     link = url_for("flow-run", run.id)
-    show_text("handed-over", f"{said}\n\n[{link}]({link})" if link else said)
+    show_text(load_config(parameters["config"]).name, "handed-over", f"{said}\n\n[{link}]({link})" if link else said)
     return Completed(name="HandedOver", message=f"{said}, {link}" if link else said)
 
 

@@ -95,9 +95,9 @@ def show_plan(plan: dict[str, Planned]) -> None:
     )
 
 
-def show_text(key: str, text: str) -> None:
+def show_text(run_name: str, key: str, text: str) -> None:
     """A few words in markdown, as links."""
-    _post(lambda: [_markdown(key, text)])
+    _post(run_name, lambda: [_markdown(key, text)])
 
 
 def show(stages: Sequence[Planned], reused: bool) -> None:
