@@ -69,7 +69,14 @@ def missing_tracker(report_to: str) -> UserError | None:
 
 
 def check_tracker(report_to: str) -> None:
-    """Refuse a tracker whose package is missing or does not load, before anything else is loaded."""
+    """Refuse a tracker whose package does not load, or that would tell a password, before anything else is loaded."""
+    if report_to == "wandb" and "@" in os.environ.get("WANDB_BASE_URL", ""):
+        raise UserError(
+            "WANDB_BASE_URL holds a user or a password, and W&B writes that address into worker.log",
+            where="the environment",
+            allowed="an address alone, as https://wandb.example.org",
+            todo="take everything up to the @ out of it; the key goes into WANDB_API_KEY",
+        )
     if report_to != "tensorboard":
         _package(report_to)
 

@@ -142,6 +142,17 @@ def test_an_mlflow_server_that_is_away_costs_seconds_and_tells_no_password(tmp_p
     assert [step for step, _ in of_mlflow(directory)["loss"]] == [1, 2, 3, 4], "what it missed is told later"
 
 
+@pytest.mark.parametrize("user", ["me:canary@", "canary@"])
+def test_an_address_of_wandb_with_a_password_is_refused_and_not_told(
+    monkeypatch: pytest.MonkeyPatch, user: str
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://{user}127.0.0.1:9")
+    with pytest.raises(UserError, match="WANDB_BASE_URL holds a user or a password") as refused:
+        check_tracker("wandb")
+    assert "canary" not in refused.value.render()
+    check_tracker("tensorboard")
+
+
 def test_a_missing_package_is_told_with_what_to_install() -> None:
     missing = [name for name in OTHERS if importlib.util.find_spec(name) is None]
     if not missing:
