@@ -73,7 +73,7 @@ def pipeline(
         hardware: A tag of configs/hardware.yaml, or auto; empty: the one that the config names.
         only: Run this stage alone, from what stands before it.
         until: Run everything up to this stage.
-        force: Run this stage again though it stands; the old one is set aside.
+        force: Run this stage again though it stands; the old one is set aside. What a forced run began, goes on.
     """
     if skipped := skip():
         return skipped
@@ -86,19 +86,20 @@ def pipeline(
     show_plan(plan)
     announce(plan, wanted, force)
 
+    again = {force: flow_run.id}  # who asks: a retry of this run goes on from what it made, and does not force it anew
     rows: dict[str, Any] = {}
     models: list[Any] = []
     results = None
     for name in ("cpt", "sft"):  # the data of both stages first: bad data shows before hours of training
         if f"prepare_{name}" in wanted:
-            rows[name] = prepare(plan[f"prepare_{name}"], force=force == "prepare")
+            rows[name] = prepare(plan[f"prepare_{name}"], force=again.get("prepare", ""))
     for name in ("cpt", "sft"):
         if name in wanted:
-            models.append(train(plan[name], rows.get(name), *models, force=force == name))
+            models.append(train(plan[name], rows.get(name), *models, force=again.get(name, "")))
     if evaluations := [plan[name] for name in wanted if name.startswith("evaluate_")]:
-        results = evaluate(evaluations, *models, force=force == "evaluate")
+        results = evaluate(evaluations, *models, force=again.get("evaluate", ""))
     if "report" in wanted:
-        report(plan["report"], *rows.values(), *models, results, force=force == "report")
+        report(plan["report"], *rows.values(), *models, results, force=again.get("report", ""))
     return None
 
 
@@ -175,7 +176,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--only", choices=GROUPS, help="run this stage alone")
     which.add_argument("--until", choices=GROUPS, help="run up to this stage")
-    parser.add_argument("--force", choices=GROUPS, help="run this stage again though it stands")
+    parser.add_argument("--force", choices=GROUPS, help="run this stage again though it stands; one that "
+                         "--force began and did not finish goes on")  # fmt: skip
     parser.add_argument("--plan", action="store_true", help="print what these options would run and why, and stop")
     return parser.parse_args(argv)
 

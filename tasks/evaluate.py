@@ -17,7 +17,7 @@ from tasks.plan import Planned
 
 
 @task(task_run_name="evaluate", cache_policy=NO_CACHE)
-def evaluate(planned: Sequence[Planned], *models: Any, force: bool = False) -> Path | State[Path]:
+def evaluate(planned: Sequence[Planned], *models: Any, force: str = "") -> Path | State[Path]:
     """Evaluate every model that is not evaluated yet, in one process: importing lm-eval costs more than a small model.
 
     Returns the last model's directory, which holds `results.json`.

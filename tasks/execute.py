@@ -19,23 +19,24 @@ from tasks.errors import UserError
 from tasks.gpus import booked
 from tasks.launch import run_worker
 from tasks.oom import OutOfMemory, describe, next_rows, refusal, say_rows, with_rows
-from tasks.plan import Planned, output_digest, upstream, why_not_reused
+from tasks.plan import Planned, changed_inputs, output_digest, upstream, why_not_reused
 from tasks.stage import ARTIFACT, Order, read_order, read_sound_order, set_aside, stage_lock, write_order
 
 Say = Callable[[str], None]
 
 
-def compute(stages: Sequence[Planned], module: str, say: Say, force: bool = False) -> bool:
+def compute(stages: Sequence[Planned], module: str, say: Say, force: str = "") -> bool:
     """Bring the stages to their artifacts in one worker process; True when all of them were reused.
 
     Whether a stage is reused is judged under its lock, so a run that waited for another takes over its result.
+    `force` names the request to compute them again though they stand; a second try of it goes on from the first.
     """
     with writes_told(stages[0].directory), ExitStack() as locks:
         descriptors = [locks.enter_context(_lock(planned, say)) for planned in stages]
         todo = [planned for planned in stages if not _reuse(planned, say, force)]
         if not todo:
             return True
-        directories = [_order(planned, say) for planned in todo]
+        directories = [_order(planned, say, force) for planned in todo]
         stage, how = todo[0].stage, todo[0].order.how
         gpus = locks.enter_context(booked(module, how, str(directories[0]), lambda line: say(f"{stage:<14}{line}")))
         _run_until_it_fits(module, todo, directories, [*descriptors, *gpus], say)
@@ -74,9 +75,10 @@ def _lock(planned: Planned, say: Say):  # type: ignore[no-untyped-def]  # a cont
     return stage_lock(planned.directory, lambda holder: say(f"{planned.stage:<14}waiting: {holder} is computing it"))
 
 
-def _reuse(planned: Planned, say: Say, force: bool) -> bool:
-    finished = (planned.directory / ARTIFACT).is_file()
-    reasons = ["forced"] if force else why_not_reused(planned.directory)
+def _reuse(planned: Planned, say: Say, force: str) -> bool:
+    reasons = why_not_reused(planned.directory)
+    if not reasons and force and _forced_by(planned.directory) != force:
+        reasons = ["forced"]
     if not reasons:
         shutil.rmtree(
             planned.directory / "checkpoints", ignore_errors=True
@@ -84,17 +86,13 @@ def _reuse(planned: Planned, say: Say, force: bool) -> bool:
         say(f"{planned.stage:<14}reused: {planned.directory}")
         return True
     say(f"{planned.stage:<14}runs: {'; '.join(planned.reasons or reasons)}")
-    if finished or force:
-        aside = set_aside(planned.directory)
-        if aside:
-            say(f"{planned.stage:<14}the old one stands in {aside}")
     return False
 
 
-def _order(planned: Planned, say: Say) -> Path:
+def _order(planned: Planned, say: Say, force: str) -> Path:
     """Write the order, with the digests of what it reads, once everything it reads stands."""
-    runs = planned.directory.parent
-    digests = {name: output_digest(directory) for name, directory in upstream(planned.order, runs).items()}
+    runs, directory = planned.directory.parent, planned.directory
+    digests = {name: output_digest(path) for name, path in upstream(planned.order, runs).items()}
     if missing := [name for name, digest in digests.items() if not digest]:
         raise UserError(
             f"{planned.stage} reads {', '.join(missing)}, which has not been computed",
@@ -104,8 +102,30 @@ def _order(planned: Planned, say: Say) -> Path:
     if planned.unfit:
         raise planned.unfit
     _fetch_weights(planned.order, say)
+    if (leaves := _leaves_behind(directory, force)) and (aside := set_aside(directory)):
+        say(f"{planned.stage:<14}{leaves} stands in {aside}")
     how = {**planned.order.how, **_learned(planned), "input_digests": digests}
+    if forced_by := force or _forced_by(directory):
+        how["forced_by"] = forced_by
     return write_order(replace(planned.order, how=how), runs)
+
+
+def _leaves_behind(directory: Path, force: str) -> str:
+    """What stands in a stage's directory that the stage does not go on from; empty where it does.
+
+    A forced run goes on from what a forced one began: it may be its retry, after days of training.
+    """
+    if (directory / ARTIFACT).is_file():
+        return "the old one"
+    if again := changed_inputs(directory):
+        return f"what was begun from another {', '.join(again)}"
+    return "what was begun before" if force and not _forced_by(directory) else ""
+
+
+def _forced_by(directory: Path) -> str:
+    """The request that had the stage in `directory` computed again; empty for one that was not forced."""
+    order = read_sound_order(directory)
+    return str(order.how.get("forced_by", "")) if order else ""
 
 
 def _learned(planned: Planned) -> dict[str, Any]:

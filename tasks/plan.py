@@ -31,7 +31,6 @@ from tasks.stage import (
     Order,
     canonical_json,
     damage,
-    read_artifact,
     read_json,
     read_sound_artifact,
     read_sound_order,
@@ -248,7 +247,7 @@ def _report_order(run: Run, made: list[Order], runs: Path) -> Order:
 def _judge(order: Order, runs: Path) -> Planned:
     directory = order.directory(runs)
     if not (directory / ARTIFACT).is_file():
-        resumes = any(directory.glob("checkpoints/*"))
+        resumes = any(directory.glob("checkpoints/*")) and not changed_inputs(directory)
         return Planned(order, directory, tuple(_why_stale(order, runs)), resumes)
     return Planned(order, directory, tuple(why_not_reused(directory)))
 
@@ -259,9 +258,15 @@ def why_not_reused(directory: Path) -> list[str]:
         return ["not finished"]
     if found := damage(directory):
         return [found]
-    recorded = read_artifact(directory)["how"].get("input_digests", {})
+    return [f"{name} was computed again with another result" for name in changed_inputs(directory)]
+
+
+def changed_inputs(directory: Path) -> list[str]:
+    """The stages that were computed again, with another result, since the one in `directory` began to read them."""
+    order = read_sound_order(directory)
+    recorded = order.how.get("input_digests", {}) if order else {}
     now = {name: output_digest(directory.parent / name) for name in recorded}
-    return [f"{name} was computed again with another result" for name in now if now[name] not in ("", recorded[name])]
+    return [name for name in now if now[name] not in ("", recorded[name])]
 
 
 def _why_stale(order: Order, runs: Path) -> list[str]:

@@ -15,7 +15,7 @@ from tasks.plan import Planned
 
 
 @task(task_run_name="{planned.stage}", cache_policy=NO_CACHE)
-def prepare(planned: Planned, force: bool = False) -> Path | State[Path]:
+def prepare(planned: Planned, force: str = "") -> Path | State[Path]:
     """Clean, tokenize, mix and pack one training stage's data; the directory that holds `rows.arrow`."""
     with live([planned]) as say:
         reused = compute([planned], "tasks.preparation", say, force)

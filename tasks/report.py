@@ -16,7 +16,7 @@ from tasks.plan import Planned
 
 
 @task(task_run_name="report", cache_policy=NO_CACHE)
-def report(planned: Planned, *stages: Any, force: bool = False) -> Path | State[Path]:
+def report(planned: Planned, *stages: Any, force: str = "") -> Path | State[Path]:
     """Write results.csv, report.md and report.html; the directory that holds them."""
     with live([planned]) as say:
         reused = compute([planned], "tasks.reporting", say, force)

@@ -16,7 +16,7 @@ from tasks.plan import Planned
 
 
 @task(task_run_name="{planned.stage}", cache_policy=NO_CACHE)
-def train(planned: Planned, *inputs: Any, force: bool = False) -> Path | State[Path]:
+def train(planned: Planned, *inputs: Any, force: str = "") -> Path | State[Path]:
     """Full fine-tune on the backend of the hardware tag; the directory that holds `model/`.
 
     `inputs` are the stages it reads from: Prefect draws its graph from them.

@@ -14,7 +14,7 @@ TITLES = {"cpt": "CPT", "sft": "SFT"}
 RECIPE = ("learning_rate", "min_lr_ratio", "warmup_ratio", "batch_tokens", "seq_len", "weight_decay", "adam_betas",
           "max_grad_norm", "max_loss_spike", "seed")  # fmt: skip
 DATA_RECIPE = ("tokens", "epochs", "max_epochs", "overflow")
-HOW_NOT_SHOWN = {"input_digests", "checkpoint", "on_nan", "max_skipped"}
+HOW_NOT_SHOWN = {"input_digests", "forced_by", "checkpoint", "on_nan", "max_skipped"}
 
 
 def training_table(run: RunRecord) -> Table:

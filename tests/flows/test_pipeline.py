@@ -9,6 +9,7 @@ import pty
 import re
 import runpy
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -125,6 +126,27 @@ def test_forcing_sets_the_old_stage_aside(road: Path) -> None:
     assert list(directory.parent.glob(f"old.{directory.name}.*"))
     assert (directory / "rows.arrow").read_bytes() == before
     assert run(road / "run.yaml", only="cpt") == {"cpt": "Cached"}  # the same bytes: what follows still stands
+
+
+def test_a_forced_training_that_was_stopped_goes_on_with_the_same_command(project: Path) -> None:
+    edit(project, "batch_tokens: 512\nsft", "batch_tokens: 64\nsft")
+    run(project / "run.yaml", until="cpt")
+    directory = load_plan(str(project / "run.yaml"), "cpu")["cpt"].directory
+    metrics, old = directory / "metrics.jsonl", directory.stat().st_ino
+    command = [sys.executable, "-m", "flows.pipeline", "--config", str(project / "run.yaml"), "--force", "cpt"]
+    environment = os.environ | {"PREFECT_HOME": str(project / "prefect")}
+    with subprocess.Popen([*command, "--only", "cpt"], cwd=ROOT, env=environment) as stopped:
+        deadline = time.monotonic() + 240
+        while not (directory.is_dir() and directory.stat().st_ino != old and metrics.is_file() and metrics.read_text()):
+            assert stopped.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+        stopped.terminate()
+        assert stopped.wait(60) == -signal.SIGTERM
+    assert not (directory / "artifact.json").exists()
+    done = subprocess.run([*command, "--only", "cpt"], check=False, cwd=ROOT, env=environment, timeout=240)
+    assert done.returncode == 0
+    assert read_artifact(directory)["counts"]["resumed_from"]
+    assert len(list(directory.parent.glob("old.*"))) == 1
 
 
 def test_a_stage_without_what_it_reads_says_what_to_run(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,14 @@ elif deed.startswith("needs memory"):  # for at most N rows; a checkpoint a try 
         sys.exit(EXIT_OOM)
     (directory / "rows.arrow").write_text("rows")
     finish(directory, ["rows.arrow"], {"tries": sorted(p.name for p in directory.glob("checkpoints/*"))}, 0.0)
+elif deed.startswith("needs tries"):  # so many; each but the last is stopped behind a checkpoint
+    tries = len(list(directory.glob("checkpoints/*"))) + 1
+    if tries < int(deed.split()[-1]):
+        (directory / "checkpoints").mkdir(exist_ok=True)
+        (directory / "checkpoints" / f"{tries}").touch()
+        sys.exit(EXIT_PREEMPTED)
+    (directory / "rows.arrow").write_text("rows")
+    finish(directory, ["rows.arrow"], {"tries": tries}, 0.0)
 elif deed == "hang":  # with a grandchild in the same group, which ignores SIGTERM
     script = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     child = subprocess.Popen([sys.executable, "-c", script])
