@@ -19,6 +19,8 @@ SectionT = TypeVar("SectionT", bound=BaseModel)
 # libyaml, where PyYAML was built with it, is ten times faster.
 SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+MAX_VALUES = 100_000  # in one file
+
 
 class Misplaced(ValueError):
     """A value that contradicts another one; says at which key below its section."""
@@ -46,7 +48,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def read_yaml(path: Path) -> yaml.MappingNode:
-    """The file as PyYAML's nodes: a mapping without a key that stands twice. Raises `UserError`."""
+    """The file as PyYAML's nodes: a finite mapping without a key that stands twice. Raises `UserError`."""
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=SafeLoader)
     except FileNotFoundError:
@@ -59,21 +61,37 @@ def read_yaml(path: Path) -> yaml.MappingNode:
         raise UserError(f"not readable as YAML: {error}", where=str(path)) from None
     if not isinstance(root, yaml.MappingNode):
         raise UserError("the file holds no `key: value` mapping", where=str(path))
-    _refuse_duplicate_keys(root, path)
+    _check_node(root, path, {})
     return root
 
 
-def _refuse_duplicate_keys(node: yaml.Node, path: Path) -> None:
+def _check_node(node: yaml.Node, path: Path, sizes: dict[int, int]) -> int:
+    """The number of values in a node as its aliases repeat them. Refuses a key that stands twice, a node that contains
+    itself, and more values than a file could spell out: nine lines of ten aliases each stand for a thousand million.
+
+    `sizes` holds those of the nodes seen, 0 for one that is not through: each is looked at once.
+    """
+    if id(node) in sizes:
+        if not sizes[id(node)]:
+            raise UserError("the value contains itself", where=_at(path, node), todo="write it out, without the alias")
+        return sizes[id(node)]
+    sizes[id(node)], size = 0, 1
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise UserError("a key is a list or a mapping", where=_at(path, key), allowed="a word")
             if key.value in seen:  # YAML would keep the last one in silence
                 raise UserError(f"the key '{key.value}' stands twice", where=_at(path, key))
             seen.add(key.value)
-            _refuse_duplicate_keys(value, path)
+            size += _check_node(value, path, sizes)
     elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _refuse_duplicate_keys(value, path)
+        size += sum(_check_node(value, path, sizes) for value in node.value)
+    if size > MAX_VALUES:
+        raise UserError(f"with its aliases written out it holds more than {MAX_VALUES:,} values", where=_at(path, node),
+                        todo="write out what you mean, without aliases")  # fmt: skip
+    sizes[id(node)] = size
+    return size
 
 
 def validate(schema: type[SectionT], node: yaml.Node, path: Path, prefix: tuple[str, ...] = ()) -> SectionT:

@@ -9,6 +9,9 @@ from tasks.errors import UserError, parse
 from tasks.hardware import AUTO
 from tests.conftest import edit
 
+# Nine lines of ten aliases each: the last would hold a thousand million values.
+ALIASES = "n0: &n0 x\n" + "\n".join(
+    f"n{n}: &n{n} [{', '.join([f'*n{n - 1}'] * 10)}]" for n in range(1, 10)) + "\nname: *n9"  # fmt: skip
 # (text in the config, its replacement, what the message must say)
 BAD = {
     "unknown key": ("learning_rate: 1.0e-3\n  batch_tokens: 512\nsft", "learnin_rate: 1.0e-3\n  batch_tokens: 512\nsft",
@@ -31,6 +34,10 @@ BAD = {
     "gate of a side without tasks": ("\nevaluate:", "\ngate: {max_general_drop: 0.1}\nevaluate:",
                                      ["evaluate.general names no task", "gate.max_general_drop"]),
     "gate without a number": ("\nevaluate:", "\ngate: {min_domain_gain: .nan}\nevaluate:", ["finite", "min_domain_gain"]),
+    "a list within itself": ("name: tiny", "name: &x [*x]", ["contains itself", "run.yaml:1"]),
+    "a mapping within itself": ("{laws: 1.0}", "&x {laws: *x}", ["contains itself", "run.yaml:12"]),
+    "aliases of aliases": ("name: tiny", ALIASES, ["more than 100,000 values", "run.yaml:6"]),
+    "a list as a key": ("name: tiny", "? [name]\n: tiny", ["a key is a list or a mapping", "run.yaml:1"]),
     "missing key": ("model: ", "#model: ", ["the key 'model' is missing"]),
 }  # fmt: skip
 
@@ -85,3 +92,11 @@ def test_every_shipped_config_holds_to_the_schema(path: Path) -> None:
 def test_an_error_survives_the_way_from_worker_to_screen() -> None:
     error = UserError("line 3: odd\n  second line", where="a.jsonl:3", allowed="x: y", todo="mend it")
     assert parse(str(error)).render() == str(error)
+
+
+def test_an_anchor_may_be_used_many_times(project: Path) -> None:
+    edit(project, "mix:    {laws: 1.0}\n  replay: {general: 0.25}\n  learning_rate: 1.0e-3",
+         "mix:    {laws: 1.0}\n  replay: {general: 0.25}\n  learning_rate: &rate 1.0e-3")  # fmt: skip
+    edit(project, "mix:    {chats: 1.0}\n  learning_rate: 1.0e-3", "mix:    {chats: 1.0}\n  learning_rate: *rate")
+    run = load_config(project / "run.yaml")
+    assert run.sft.learning_rate == run.cpt.learning_rate == 1e-3
