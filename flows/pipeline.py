@@ -133,7 +133,8 @@ def main(argv: list[str] | None = None) -> int:
             load_secrets()
         plan = load_plan(options.config, options.hardware)  # a bad config is told before any server starts
         if options.plan:
-            _show_plan(plan, select(plan, options.only, options.until), options.force)
+            wanted = select(plan, options.only, options.until)
+            _show_plan(plan, wanted, options.force, load_config(options.config).unused_sources)
             return 0
         tie_temporary_server()
         require_server()
@@ -155,10 +156,12 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _show_plan(plan: dict[str, Planned], wanted: list[str], force: str | None) -> None:
+def _show_plan(plan: dict[str, Planned], wanted: list[str], force: str | None, unused: list[str]) -> None:
     plan = forced(plan, wanted, force)
     forecast = lines(plan, wanted, reused=True)
     print("\n".join([render({name: plan[name] for name in wanted}), *(["", *forecast] if forecast else [])]))
+    if unused:
+        print(f"\nno stage reads {', '.join(unused)}: named in `sources:`, and in no mix or replay")
     if missing := missing_for(plan, wanted):
         print(f"\nnot on this machine: {missing.what}; {missing.todo}")
 

@@ -215,6 +215,12 @@ class Run(Section):
         """The training stages that this run has, in order."""
         return {name: stage for name, stage in (("cpt", self.cpt), ("sft", self.sft)) if stage}
 
+    @property
+    def unused_sources(self) -> list[str]:
+        """Sources that no stage names."""
+        used = {name for stage in self.train_stages.values() for name in stage.shares}
+        return [name for name in self.sources if name not in used]
+
     @model_validator(mode="after")
     def _check(self) -> Run:
         if not self.train_stages:

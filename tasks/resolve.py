@@ -15,6 +15,7 @@ from tasks import hub
 from tasks.config import Run, locate, nearest
 from tasks.digests import Digests
 from tasks.errors import UserError
+from tasks.preparation.readers import file_format
 from tasks.roots import hold_found
 from tasks.trust import check_trust
 
@@ -22,6 +23,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")  # fmt: skip
 CONFIG_FILES = ("config.json", "generation_config.json")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+NAMED_FILES = 10  # in one error
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def resolve_sources(run: Run, config_path: Path, names: list[str], digests: Dige
             where = locate(config_path, "sources", name, "files")
             found = _expand(source.globs, where, name)
             hold_found(found, config_path, where)
+            _check_formats(found, where, name, is_chat=source.kind != "text")
             files = [{"path": str(file), "bytes": file.stat().st_size, "sha256": digests.of(file)} for file in found]
             resolved[name] = {"spec": spec, "files": files}
     return resolved
@@ -96,6 +100,9 @@ def _expand(globs: list[str], where: str, name: str) -> list[Path]:
     files: list[Path] = []
     for pattern in globs:
         found = [Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if Path(path).is_file()]  # noqa: PTH207
+        if Path(pattern).is_dir():
+            raise UserError(f"source '{name}': {pattern} is a folder", where=where, allowed="files, or globs of files",
+                            todo=f"write {pattern.rstrip('/')}/**/* for all that it holds")  # fmt: skip
         if not found:
             missing = "matches no file" if glob.has_magic(pattern) else "does not exist"
             siblings = [str(path) for path in Path(pattern).parent.glob("*")] if Path(pattern).parent.is_dir() else []
@@ -103,6 +110,26 @@ def _expand(globs: list[str], where: str, name: str) -> list[Path]:
                             todo="correct the path; it is relative to the project's root")  # fmt: skip
         files += found
     return list(dict.fromkeys(files))
+
+
+def _check_formats(files: list[Path], where: str, name: str, is_chat: bool) -> None:
+    """Every file is one that we read, or all that are not are named at once: a glob of a folder may bring many."""
+    refused: dict[str, UserError] = {}
+    for file in files:
+        try:
+            file_format(str(file), is_chat)
+        except UserError as error:
+            refused[str(file)] = error
+    if refused:
+        more = f" and {len(refused) - NAMED_FILES} more" if len(refused) > NAMED_FILES else ""
+        files_are = "file is" if len(refused) == 1 else "files are"
+        raise UserError(
+            f"source '{name}': {len(refused)} of {len(files)} {files_are} none that it can hold: "
+            f"{', '.join(list(refused)[:NAMED_FILES])}{more}",
+            where=where,
+            allowed=next(iter(refused.values())).allowed,
+            todo="narrow the glob (corpus/**/*.md), or convert the files",
+        )
 
 
 def _check_folder(folder: Path, where: str) -> None:

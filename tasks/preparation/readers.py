@@ -34,14 +34,19 @@ UTF8_BOM = codecs.BOM_UTF8
 def file_format(path: str, is_chat: bool = False) -> str:
     """The format by the file's name. Raises `UserError` for one that we do not read."""
     name = Path(path)
-    suffix = Path(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
+    suffix = (Path(name.stem).suffix if is_compressed(path) else name.suffix).lower()
     allowed = ", ".join(FORMATS) + "; each but .parquet also with .gz or .zst"
-    if suffix not in FORMATS or (suffix == ".parquet" and name.suffix in COMPRESSED):
+    if suffix not in FORMATS or (suffix == ".parquet" and is_compressed(path)):
         raise UserError(f"unknown file format '{''.join(name.suffixes[-2:])}'", where=path, allowed=allowed)
     if is_chat and FORMATS[suffix] == "text":
         raise UserError("a text file holds one document, not conversations", where=path,
                         allowed=".jsonl, .json, .csv or .parquet for chats")  # fmt: skip
     return FORMATS[suffix]
+
+
+def is_compressed(path: str) -> bool:
+    """Whether the file's name says so."""
+    return path.lower().endswith(COMPRESSED)
 
 
 def read_lines(path: str, block_bytes: int) -> Iterator[tuple[int, bytes, int]]:
@@ -82,11 +87,11 @@ def read_records(path: str, kind: str, fields: list[str]) -> Iterator[tuple[Loca
 def open_binary(path: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """The decompressed stream, and the raw file whose position tells how far we are."""
     with Path(path).open("rb") as raw:
-        if not path.endswith(COMPRESSED):
+        if not is_compressed(path):
             yield raw, raw
             return
         try:
-            yield (_open_gzip(raw) if path.endswith(".gz") else _open_zstd(raw)), raw
+            yield (_open_gzip(raw) if path.lower().endswith(".gz") else _open_zstd(raw)), raw
         except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
             raise UserError(f"the compressed file is damaged: {error}", where=path) from None
 

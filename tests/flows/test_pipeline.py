@@ -206,6 +206,14 @@ def test_the_tag_cpu_x2_trains_two_sharded_processes(project: Path) -> None:
     assert artifact["counts"]["wrapper"] == "FSDP2" and artifact["how"]["processes"] == 2
 
 
+def test_a_source_that_no_stage_reads_is_told(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", str(project / "run.yaml"), "--plan"]) == 0
+    assert "no stage reads" not in capsys.readouterr().out
+    edit(project, "  chats: ", "  spare: {files: nowhere.md, text: text}\n  chats: ")
+    assert main(["--config", str(project / "run.yaml"), "--plan"]) == 0
+    assert "no stage reads spare" in capsys.readouterr().out
+
+
 UNREACHABLE = {"offline": {"HF_HUB_OFFLINE": "1"}, "no answer": {"HF_ENDPOINT": "http://127.0.0.1:9"}}
 
 

@@ -70,6 +70,13 @@ def test_every_format_gives_the_same_documents(stage: Stage, tmp_path: Path, suf
     assert ledger["total"]["kept"]["documents"] == len(TEXTS)
 
 
+def test_an_ending_may_stand_in_capitals(stage: Stage, tmp_path: Path) -> None:
+    [path] = compress(write_format(tmp_path, ".jsonl"), ".gz")
+    path = path.rename(tmp_path / "A.JSONL.GZ")
+    ledger = json.loads((stage({"a": source(path)}) / "ledger.json").read_text())
+    assert ledger["total"]["kept"]["documents"] == len(TEXTS)
+
+
 def test_json_may_be_objects_one_after_another_larger_than_the_window(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

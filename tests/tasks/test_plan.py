@@ -184,6 +184,12 @@ MISSING = {
         "genral.jsonl",
         ["source 'general'", "does not exist", "did you mean", "run.yaml:8"],
     ),
+    "folder": ("laws*.jsonl", "lm_eval", ["lm_eval is a folder", "lm_eval/**/*", "run.yaml:7"]),
+    "files that nobody reads": (
+        "general.jsonl",
+        "base/*",
+        ["source 'general'", "base/model.safetensors", "2 of 6 files", ".jsonl", "narrow the glob", "run.yaml:8"],
+    ),
     "empty glob": ("laws*.jsonl", "lows*.jsonl", ["source 'laws'", "matches no file", "run.yaml:7"]),
     "seq_len beyond positions": (
         "seq_len: 64",
