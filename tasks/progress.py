@@ -68,6 +68,10 @@ class Progress:
         self.stage, self.what, self.total = stage, what, total
         self.first, self.started_at, self.last_line_at = first, time.monotonic(), 0.0
 
+    def speed(self, num_tokens: int) -> str:
+        """`9,812 tok/s`: tokens since the start by seconds since the start."""
+        return f"{num_tokens / max(1e-3, time.monotonic() - self.started_at):,.0f} tok/s"
+
     def update(self, done: int, **extra: str) -> None:
         """Say how far we are, at most every `MIN_SECONDS_BETWEEN_LINES`, and always at the end."""
         now = time.monotonic()

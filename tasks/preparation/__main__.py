@@ -82,7 +82,10 @@ def prepare(order: Order, work: Path) -> dict[str, Any]:
     say_repeats(plans, draws)
     layout, num_pieces = lay_out(corpus, draws, what["seq_len"], what["seed"])
     progress = Progress("prepare", "row", int(layout.row[-1]) + 1)
-    written = write_rows(work / "rows.arrow", corpus.tokens, layout, len(plans), progress.update)
+    written = write_rows(
+        work / "rows.arrow", corpus.tokens, layout, len(plans),
+        lambda rows, tokens: progress.update(rows, **{"": progress.speed(tokens)}),
+    )  # fmt: skip
     ledger = make_ledger(plans, corpus, draws, num_pieces, left, written)
     described = describe_mix(plans, draws, written)
     tokenizer = load_backend(settled)

@@ -85,11 +85,16 @@ def _encode_and_spill(
         read[encoded.source] += len(encoded.status)
         kept[encoded.source] += int(np.count_nonzero(encoded.status == OK))
         done = min((bytes_before + file_bytes) // MEGABYTE, progress.total - 1)  # the end is said once, below
-        progress.update(done, tokens=f"{spill.num_tokens:,}", documents=f"{spill.num_documents:,}")
-    progress.update(progress.total, tokens=f"{spill.num_tokens:,}", documents=f"{spill.num_documents:,}")
+        _say_progress(progress, done, spill)
+    _say_progress(progress, progress.total, spill)
     for plan, num_read, num_kept in zip(plans, read, kept, strict=True):
         _refuse_empty(plan, num_read, num_kept)
     return spill.close()
+
+
+def _say_progress(progress: Progress, done: int, spill: Spill) -> None:
+    speed = progress.speed(spill.num_tokens)
+    progress.update(done, tokens=f"{spill.num_tokens:,}", documents=f"{spill.num_documents:,}", **{"": speed})
 
 
 def _refuse_empty(plan: SourcePlan, num_read: int, num_kept: int) -> None:

@@ -44,9 +44,9 @@ class Written:
 
 
 def write_rows(
-    path: Path, ids: np.ndarray, layout: Layout, num_sources: int, on_progress: Callable[[int], None]
+    path: Path, ids: np.ndarray, layout: Layout, num_sources: int, on_progress: Callable[[int, int], None]
 ) -> Written:
-    """Write every row; `ids` are the spilled tokens (`~id` where not trained on)."""
+    """Write every row; `ids` are the spilled tokens (`~id` where not trained on). `on_progress` takes rows, tokens."""
     num_rows = int(layout.row[-1]) + 1
     first_piece = np.searchsorted(layout.row, np.arange(num_rows + 1))  # (R+1,)
     tokens_before = np.concatenate([[0], np.cumsum(layout.length, dtype=np.int64)])  # (P+1,) of a piece
@@ -66,7 +66,7 @@ def write_rows(
             np.add.at(composition, (layout.row[pieces], source), layout.length[pieces])
             forget(ids)
             row = until
-            on_progress(row)
+            on_progress(row, int(row_ends[row]))
     return Written(num_rows, tokens, supervised, composition)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +98,8 @@ def test_there_is_a_sign_of_life_in_every_phase(evaluated: Evaluated) -> None:
                  "continuations scored 15/15", "documents scored 9/9", "done: 3 tasks, 20 samples"):  # fmt: skip
         assert f"\n[steep] evaluate_base {what}" in f"\n{evaluated.log}"
     assert "it/s]" not in evaluated.log  # a bar would be glued to what is said
+    speeds = re.findall(r"evaluate_base \S+ (generated|scored) [^\n]* ([\d,]+) tok/s  ETA", evaluated.log)
+    assert len(speeds) >= 3 and all(speed != "0" for _, speed in speeds), evaluated.log
 
 
 def test_an_unknown_task_ends_with_an_error_file_and_nothing_else(

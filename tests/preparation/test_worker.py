@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -273,6 +274,8 @@ def test_a_killed_worker_leaves_nothing_behind_and_starts_over(stage: Stage, tmp
     again = run_worker(directory)
     output = again.communicate()[0]
     assert again.returncode == 0, output
+    for what in ("read MB", "row"):
+        assert re.search(rf"{what} ([\d,]+)/\1  100%  .*\b[1-9][\d,]* tok/s  ETA 0:00", output), output
     assert is_done(directory)
     assert not (directory / "work").exists()
     assert main(directory) == 0  # done: nothing is computed twice
