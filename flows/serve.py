@@ -112,7 +112,9 @@ def _start_database(wanted: str | None, home: Path, services: list[Service]) -> 
 
 
 def _start_server(options: argparse.Namespace, url: str, logs: Path, services: list[Service]) -> None:
-    command = [*PREFECT, "server", "start", "--host", options.host, "--port", str(options.port)]
+    # Others reach it by names that we do not know; on loopback a foreign name is a web page that was pointed there.
+    server = [sys.executable, "-m", "flows.server"] if options.host in LOOPBACK else [*PREFECT, "server"]
+    command = [*server, "start", "--host", options.host, "--port", str(options.port)]
     environment = {
         "PREFECT_SERVER_UI_API_URL": f"{url}/api",  # where the browser finds it; else port 4200, whatever ours is
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
@@ -121,10 +123,10 @@ def _start_server(options: argparse.Namespace, url: str, logs: Path, services: l
     if not any(name in os.environ for name in ORIGINS):
         ours = [url, *(f"http://{name}:{options.port}" for name in LOOPBACK)]
         environment[ORIGINS[0]] = ",".join(dict.fromkeys(ours))
-    server = Service("the server", command, logs / "server.log", environment)
+    service = Service("the server", command, logs / "server.log", environment)
     _say("starting the server; the first time it makes its tables, which takes up to a minute")
-    _begin(server, services)
-    server.wait_until(lambda: _answers(f"{url}/api/health"), SECONDS_TO_START)
+    _begin(service, services)
+    service.wait_until(lambda: _answers(f"{url}/api/health"), SECONDS_TO_START)
 
 
 def _start_files(options: argparse.Namespace, logs: Path, services: list[Service]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -101,6 +102,26 @@ def test_the_server_lets_no_foreign_page_read_what_it_holds(served: Served) -> N
         with urllib.request.urlopen(asked) as answer:
             allowed[origin] = answer.headers["Access-Control-Allow-Origin"]
     assert allowed == {origin: origin if port in origin else None for origin in allowed}
+
+
+@pytest.mark.operations
+def test_a_page_whose_name_was_pointed_at_the_server_cannot_use_it(served: Served) -> None:
+    port = served.url.rpartition(":")[2]
+    for path in ("/", "/api/health", "/api/admin/version", "/api/deployments/name/pipeline/cpu"):
+        for host in ("evil.example", f"evil.example:{port}", f"127.0.0.1.evil.example:{port}", ""):
+            assert ask(served.url + path, Host=host) == 400, (path, host)
+        assert ask(served.url + path, Host=f"localhost:{port}") == ask(served.url + path) == 200, path
+    assert "101 Switching Protocols" in shake_hands(int(port), f"127.0.0.1:{port}")
+    assert "400 Bad Request" in shake_hands(int(port), f"evil.example:{port}")
+
+
+def shake_hands(port: int, host: str) -> str:
+    """The first line that answers who asks for a websocket, as events and logs come in."""
+    lines = ["GET /api/events/in HTTP/1.1", f"Host: {host}", "Connection: Upgrade", "Upgrade: websocket",
+             "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "", ""]  # fmt: skip
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall("\r\n".join(lines).encode())
+        return connection.recv(4096).decode().splitlines()[0]
 
 
 @pytest.mark.operations
