@@ -9,31 +9,38 @@ inherit the environment; no order, artifact or report records it. A variable tha
 from __future__ import annotations
 
 import os
+import re
 
 from prefect.blocks.system import Secret
 
 from tasks.errors import UserError
 
 VARIABLE = "STEEP_SECRET_BLOCKS"
+FORM = re.compile(r"([A-Za-z_]\w*)=([a-z0-9-]+)", re.ASCII)
 
 
 def load_secrets() -> None:
     """Set the variables that STEEP_SECRET_BLOCKS names. Raises `UserError` for a block that is not there."""
-    for pair in filter(None, os.environ.get(VARIABLE, "").split(",")):
-        name, equals, block = pair.strip().partition("=")
-        if not equals or not name.isidentifier():
-            raise UserError(f"{VARIABLE} holds '{pair}'", allowed="VARIABLE=BLOCK, several with commas")
+    for position, pair in enumerate(os.environ.get(VARIABLE, "").split(","), start=1):
+        if not pair:
+            continue
+        entry = FORM.fullmatch(pair.strip())
+        if entry is None:  # not shown: it may be the secret itself
+            raise UserError(f"entry {position} of {VARIABLE} is none", where=VARIABLE,
+                            allowed="VARIABLE=BLOCK, several with commas; BLOCK of a-z, 0-9 and -")  # fmt: skip
+        name, block = entry.groups()
         if name not in os.environ:
-            os.environ[name] = _value(block)
+            os.environ[name] = _value(name, block)
 
 
-def _value(block: str) -> str:
+def _value(name: str, block: str) -> str:
     try:
         secret = Secret.load(block)
-    except ValueError:
+    except ValueError:  # the block's name is not shown either: it may be the secret
         raise UserError(
-            f"{VARIABLE} names the Secret block '{block}', which the server does not hold",
+            f"{VARIABLE} names a Secret block for {name} which the server does not hold",
+            where=VARIABLE,
             todo=f'make it in the UI (Blocks, Secret), or: python -c "from prefect.blocks.system import Secret; '
-            f"Secret(value=input()).save('{block}')\"",
+            f"Secret(value=input()).save('BLOCK')\", and set {VARIABLE}={name}=BLOCK",
         ) from None
     return str(secret.get())  # type: ignore[union-attr]

@@ -191,7 +191,7 @@ def test_secrets_are_there_before_the_plan_asks_the_hub(project: Path, monkeypat
     monkeypatch.setenv("STEEP_SECRET_BLOCKS", "STEEP_TEST_TOKEN=hub")
     monkeypatch.setenv("STEEP_TEST_TOKEN", "")  # so that it is taken back at the end
     monkeypatch.delenv("STEEP_TEST_TOKEN")
-    monkeypatch.setattr(flows.credentials, "_value", {"hub": "a token"}.__getitem__)
+    monkeypatch.setattr(flows.credentials, "_value", lambda _name, block: {"hub": "a token"}[block])
     monkeypatch.setattr(
         flows.pipeline, "load_plan", lambda *asked: (seen.append(os.environ.get("STEEP_TEST_TOKEN")), make(*asked))[1]
     )

@@ -17,13 +17,17 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from prefect.blocks.system import Secret
 
+from flows.credentials import load_secrets
 from flows.files import Handler
+from tasks.errors import UserError
 from tests.conftest import ROOT, edit, set_activation
 from tests.local_hub import Hub
 from tests.operations.conftest import Served
 
 CANARY = "hf_canary_0123456789abcdefghij"
+HEX_KEY = "0123456789abcdef" * 2
 
 
 @pytest.fixture
@@ -166,6 +170,30 @@ def test_a_token_that_the_hub_gets_is_in_nothing_that_is_kept(project: Path, hub
     assert CANARY.encode() not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("blocks", "said"),
+    [
+        (CANARY, "entry 1 of STEEP_SECRET_BLOCKS"),
+        (f"HF_TOKEN=hub,{CANARY}=", "entry 2 of STEEP_SECRET_BLOCKS"),
+        (f"HF TOKEN={CANARY}", "entry 1 of STEEP_SECRET_BLOCKS"),
+        (f"STEEP_TEST_TOKEN={CANARY}", "entry 1 of STEEP_SECRET_BLOCKS"),
+        (f"STEEP_TEST_TOKEN={HEX_KEY}", "a Secret block for STEEP_TEST_TOKEN"),  # as a block may be called
+    ],
+)
+def test_a_secret_in_the_place_of_its_blocks_name_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, blocks: str, said: str
+) -> None:
+    def missing(_name: str) -> None:
+        raise ValueError("no such block")
+
+    monkeypatch.setenv("STEEP_SECRET_BLOCKS", blocks)
+    monkeypatch.setenv("HF_TOKEN", "set already")
+    monkeypatch.setattr(Secret, "load", missing)
+    with pytest.raises(UserError, match=said) as caught:
+        load_secrets()
+    assert CANARY not in str(caught.value) and HEX_KEY not in str(caught.value)
+
+
 SAVE = "import sys; from prefect.blocks.system import Secret; Secret(value=sys.argv[1]).save('hub-canary')"
 LOADED = "import os; from flows.credentials import load_secrets; load_secrets(); print(os.environ['HF_TOKEN'])"
 
@@ -184,8 +212,7 @@ def test_a_secret_block_of_a_server_reaches_the_run_and_nothing_that_is_kept(ser
 
     missing = python("-c", LOADED)
     assert (
-        missing.returncode != 0
-        and "names the Secret block 'hub-canary', which the server does not hold" in missing.stderr
+        missing.returncode != 0 and "names a Secret block for HF_TOKEN which the server does not hold" in missing.stderr
     )
     assert python("-c", SAVE, CANARY).returncode == 0
     assert python("-c", LOADED).stdout.strip() == CANARY  # it does arrive
