@@ -75,7 +75,11 @@ def prepare(order: Order, work: Path) -> dict[str, Any]:
     check_unchanged(order, work.parent.parent)
     copy_tokenizer(order.inputs["model"], work / "tokenizer")
     settled = settle(work / "tokenizer", what, has_chats=any(plan.is_chat for plan in plans))
-    corpus = read_corpus(plans, settled, what, order.how.get("processes") or num_cores(), work)
+    try:
+        corpus = read_corpus(plans, settled, what, order.how.get("processes") or num_cores(), work)
+    except Exception:  # it may be one that somebody replaced, cut off or deleted while we read it: then say that
+        check_unchanged(order, work.parent.parent)
+        raise
     check_unchanged(order, work.parent.parent)
     left = [usable(corpus, number, plan, what["seq_len"]) for number, plan in enumerate(plans)]
     draws = mix(plans, [lengths for _, lengths in left], [numbers for numbers, _ in left], what)

@@ -86,14 +86,16 @@ def read_records(path: str, kind: str, fields: list[str]) -> Iterator[tuple[Loca
 @contextmanager
 def open_binary(path: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """The decompressed stream, and the raw file whose position tells how far we are."""
-    with Path(path).open("rb") as raw:
-        if not is_compressed(path):
-            yield raw, raw
-            return
-        try:
-            yield (_open_gzip(raw) if path.lower().endswith(".gz") else _open_zstd(raw)), raw
-        except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-            raise UserError(f"the compressed file is damaged: {error}", where=path) from None
+    try:
+        with Path(path).open("rb") as raw:
+            if not is_compressed(path):
+                yield raw, raw
+            else:
+                yield (_open_gzip(raw) if path.lower().endswith(".gz") else _open_zstd(raw)), raw
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise UserError(f"the compressed file is damaged: {error}", where=path) from None
+    except OSError as error:
+        raise UserError(f"the file cannot be read: {error.strerror or error}", where=path) from error
 
 
 def decode(data: bytes, path: str, first_line: int) -> str:
@@ -175,18 +177,20 @@ def _read_parquet(path: str, fields: list[str]) -> Iterator[tuple[Located, int]]
     import pyarrow
     from pyarrow import parquet
 
+    number = 0
     try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"not readable as Parquet: {error}", where=path) from None
-    columns = [field for field in fields if field in file.schema_arrow.names]
-    if not columns:
-        columns = file.schema_arrow.names  # the missing field is reported with what there is
-    size, number = Path(path).stat().st_size, 0
-    for batch in file.iter_batches(batch_size=256, columns=columns):
-        for record in batch.to_pylist():
-            number += 1
-            yield (number, record), size * number // max(1, file.metadata.num_rows)
+        with parquet.ParquetFile(path) as file:
+            # Without any of the fields all that there are are read: the error about the missing one names them.
+            names = file.schema_arrow.names
+            columns = [field for field in fields if field in names] or names
+            size = Path(path).stat().st_size
+            for batch in file.iter_batches(batch_size=256, columns=columns):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield (number, record), size * number // max(1, file.metadata.num_rows)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # Arrow knows no more of a damaged page
+        at = f"{path}, behind row {number:,}" if number else path
+        raise UserError(f"not readable as Parquet: {error}", where=at) from error
 
 
 def _read_json(path: str, file: IO[bytes]) -> Iterator[Located]:

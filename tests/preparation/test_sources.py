@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from datasets import Dataset
 
 from tasks.dataset_card import strays
 from tasks.errors import EXIT_USER_ERROR
-from tasks.preparation import readers
+from tasks.preparation import corpus, readers
 from tests.preparation.conftest import Stage, make_tokenizer, source, write_lines
 
 TEXTS = [
@@ -233,6 +235,56 @@ def test_a_file_that_changed_since_the_plan_is_an_error(stage: Stage, tmp_path: 
     assert "when this run was planned" in (stage({"a": planned}, exit_code=EXIT_USER_ERROR) / "error.txt").read_text()
     path.unlink()
     assert "no such file" in (stage({"a": planned}, exit_code=EXIT_USER_ERROR) / "error.txt").read_text()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("harm", ["deleted", "cut off"])
+def test_a_file_that_is_harmed_while_we_read_is_told_as_changed(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str, processes: int
+) -> None:
+    first, second = (write_lines(tmp_path / f"{n}.jsonl", [{"text": text} for text in TEXTS]) for n in "ab")
+    read = readers.read_lines
+
+    def read_and_harm(path: str, block_bytes: int) -> Iterator[tuple[int, bytes, int]]:
+        yield from read(path, block_bytes)
+        if path == str(first):  # the other one stood when the reading began
+            second.unlink() if harm == "deleted" else second.write_bytes(second.read_bytes()[:-20])
+
+    monkeypatch.setattr(readers, "read_lines", read_and_harm)
+    monkeypatch.setattr(corpus, "POOL_FROM_BYTES", 0)
+    directory = stage({"a": source([first, second])}, processes=processes, exit_code=EXIT_USER_ERROR)
+    said = (directory / "error.txt").read_text()
+    assert str(second) in said and "changed after this run was planned" in said and "sources.a.files" in said
+    assert_nothing_left(directory)
+
+
+def test_a_damaged_page_of_a_parquet_file_is_told_with_its_file(stage: Stage, tmp_path: Path) -> None:
+    [path] = write_format(tmp_path, ".parquet")
+    content = bytearray(path.read_bytes())
+    content[40:200] = bytes(160)  # the first column's texts; what describes them stands at the end
+    path.write_bytes(content)
+    directory = stage({"a": source(path)}, exit_code=EXIT_USER_ERROR)
+    said = (directory / "error.txt").read_text()
+    assert "not readable as Parquet" in said and str(path) in said
+    assert_nothing_left(directory)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".jsonl"])
+def test_a_file_on_a_disk_that_fails_is_told_with_its_name(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    path = write_format(tmp_path, suffix)[0]
+    compressed = compress([path], ".gz")[0]
+
+    class Failing(gzip.GzipFile):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+        readline = read  # type: ignore[assignment]
+
+    monkeypatch.setattr(readers, "_open_gzip", lambda raw: Failing(fileobj=raw))
+    said = (stage({"a": source(compressed)}, exit_code=EXIT_USER_ERROR) / "error.txt").read_text()
+    assert "the file cannot be read: Input/output error" in said and str(compressed) in said
 
 
 def test_chats_in_a_text_file_are_refused(stage: Stage, tmp_path: Path) -> None:
