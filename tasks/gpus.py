@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import UserError
-from tasks.holder import open_locked, read_holder
+from tasks.holder import open_locked, read_holder, write_holder
 
 LIST = ["nvidia-smi", "-L"]
 TIMEOUT_SECONDS = 30
@@ -142,8 +142,7 @@ def _locked(gpu: str, holder: str, on_wait: Callable[[str], None], meanwhile: Ca
     path = lock_folder() / f"{re.sub(r'[^A-Za-z0-9-]', '_', gpu)}.lock"
     descriptor = open_locked(path, _open, lambda opened: _wait_for(opened, gpu, on_wait, meanwhile))
     try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} ({holder}), since {time.strftime('%F %T')}".encode(), 0)
+        write_holder(descriptor, holder)
         yield descriptor
     finally:
         os.close(descriptor)

@@ -3,11 +3,16 @@ holder writes into its file."""
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+from tasks.errors import UserError
+
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of a mount that was told to have none, or cannot
 
 
 def open_locked(path: Path, open_file: Callable[[Path], int], lock: Callable[[int], None]) -> int:
@@ -26,10 +31,25 @@ def open_locked(path: Path, open_file: Callable[[Path], int], lock: Callable[[in
             lock(descriptor)
             if _still_stands(descriptor, path):
                 return descriptor
-        except BaseException:
+        except BaseException as error:
             os.close(descriptor)
+            if isinstance(error, OSError) and error.errno in NO_LOCKS:
+                raise UserError(
+                    f"the file system of {path.parent} gives no locks (flock: {error.strerror}), which keep two runs "
+                    "from computing the same at once",
+                    where=str(path),
+                    allowed="a local disk, NFS with its lock service, Lustre mounted with -o flock",
+                    todo="name a folder on one: runs_dir for stages, STEEP_GPU_LOCKS for GPUs",
+                ) from None
             raise
         os.close(descriptor)
+
+
+def write_holder(descriptor: int, doing: str = "") -> None:
+    """Say in a lock's file who holds it: the file may lie where other machines see it too."""
+    who = f"process {os.getpid()} on {os.uname().nodename}" + (f" ({doing})" if doing else "")
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{who}, since {time.strftime('%F %T')}".encode(), 0)
 
 
 def read_holder(descriptor: int) -> str:

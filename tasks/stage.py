@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import UserError
-from tasks.holder import open_locked, read_holder
+from tasks.holder import open_locked, read_holder, write_holder
 from tasks.provenance import git_commit, installed_versions
 
 # Bumped when a worker's output changes for the same order; part of every key.
@@ -295,8 +295,7 @@ def stage_lock(directory: Path, on_wait: Callable[[str], None], wait: bool = Tru
     path = directory.parent / ".locks" / f"{directory.name}.lock"
     descriptor = open_locked(path, _open_lock, lambda opened: _acquire(opened, directory, on_wait, wait))
     try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()}, since {time.strftime('%F %T')}".encode(), 0)
+        write_holder(descriptor)
         yield descriptor
     finally:
         os.close(descriptor)

@@ -76,7 +76,8 @@ def test_who_waits_is_told_who_holds_it_and_a_killed_holder_frees_it() -> None:
         thread = threading.Thread(target=book)
         thread.start()
         assert not got.wait(0.5)
-        assert waiting[0].startswith(f"waiting: GPU 0 is held by process {holder.pid} (runs/cpt-1), since 20")
+        there = f"process {holder.pid} on {os.uname().nodename} (runs/cpt-1)"
+        assert waiting[0].startswith(f"waiting: GPU 0 is held by {there}, since 20")
         holder.send_signal(signal.SIGKILL)
         assert got.wait(10)
         thread.join()

@@ -127,6 +127,24 @@ def test_who_waits_is_told_whom_for(tmp_path: Path) -> None:
         assert told and f"process {holder.pid}" in told[0]
 
 
+def test_who_waits_is_told_on_which_machine(tmp_path: Path) -> None:
+    with stage_lock(tmp_path / "cpt-1", print), pytest.raises(UserError) as refused:  # noqa: SIM117
+        with stage_lock(tmp_path / "cpt-1", print, wait=False):
+            pass
+    assert f"process {os.getpid()} on {os.uname().nodename}, since 2" in refused.value.what
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(_descriptor: int, _operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(stage.fcntl, "flock", refuse)
+    with pytest.raises(UserError, match="gives no locks") as refused, stage_lock(tmp_path / "cpt-1", print):
+        pass
+    assert str(tmp_path) in refused.value.what and "runs_dir" in refused.value.todo
+
+
 def test_a_lock_that_a_cleaner_removed_lets_no_two_in(tmp_path: Path) -> None:
     directory, removed = tmp_path / "cpt-1", tmp_path / ".locks" / "cpt-1.lock"
     command = [sys.executable, "-c", HOLD.replace("60", "1.5"), str(directory)]
