@@ -22,6 +22,10 @@ SAID_WHEN_FULL = ("No space left on device", "os error 28", "errno 28", "Disk qu
 PROBE_BYTES = 64 * 1024
 
 
+class Refused(UserError):
+    """A write that a disk refused, told once: by whoever knows what was written, and where."""
+
+
 @contextlib.contextmanager
 def writes_told(directory: Path) -> Iterator[None]:
     """Within, a write that the disk refuses becomes a `UserError` that says so, also where it passed for bad input."""
@@ -33,14 +37,19 @@ def writes_told(directory: Path) -> Iterator[None]:
         raise
 
 
-def refusal(error: BaseException | None, directory: Path) -> UserError | None:
-    """The error to show when a failure came from the disk; None for any other."""
-    while error is not None:
+def refusal(error: BaseException | None, directory: Path, setting: str = "runs_dir") -> Refused | None:
+    """The error to show when a failure came from the disk; None for any other, and for one that is told already.
+
+    `setting` is what moves the directory to another disk.
+    """
+    while error is not None and not isinstance(error, Refused):
         number = error.errno if isinstance(error, OSError) else None
+        name = getattr(error, "filename", None)
         if number in FULL or any(said in str(error) for said in SAID_WHEN_FULL):
-            return full(directory)
-        if number in READ_ONLY and _is_below(getattr(error, "filename", None), directory):
-            return read_only(directory, os.strerror(number or 0))
+            elsewhere = isinstance(name, str | os.PathLike) and not _is_below(name, directory)
+            return full(Path(name).parent, "") if elsewhere else full(directory, setting)  # type: ignore[arg-type]
+        if number in READ_ONLY and _is_below(name, directory):
+            return read_only(directory, os.strerror(number or 0), setting)
         error = error.__cause__ or error.__context__
     return None
 
@@ -58,22 +67,23 @@ def probe(directory: Path) -> UserError | None:
     return None
 
 
-def full(directory: Path) -> UserError:
+def full(directory: Path, setting: str = "runs_dir") -> Refused:
     """The disk is full."""
     free = free_bytes(directory)
-    return UserError(
+    return Refused(
         f"the disk is full: a write below {directory} was refused, {free / 1e6:,.1f} MB are free",
         where=str(directory),
-        todo="free some space, or set runs_dir to another disk; then run the same command again, which goes on",
-    )
+        todo="free some space" + (f", or set {setting} to another disk" if setting else " there")
+        + "; then run the same command again, which goes on",
+    )  # fmt: skip
 
 
-def read_only(directory: Path, said: str) -> UserError:
+def read_only(directory: Path, said: str, setting: str) -> Refused:
     """We may not write there."""
-    return UserError(
+    return Refused(
         f"nothing can be written below {directory}: {said}",
         where=str(directory),
-        todo="make it writable for this user, or set runs_dir to another folder; then run the same command again",
+        todo=f"make it writable for this user, or set {setting} to another folder; then run the same command again",
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from tasks.disk import refusal
 from tasks.errors import UserError
 
 DESCRIPTION = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
@@ -110,7 +111,8 @@ def _snapshot(repo_id: str, commit: str, patterns: list[str], where: str) -> Pat
         folder = _cache_of(repo_id, "model") / "snapshots" / commit
         if _holds(folder, weights="*.safetensors" in patterns):
             return folder
-        raise _refused(repo_id, commit, "model", where, error) from None
+        full = refusal(error, _cache_of(repo_id, "model"), "HF_HOME")  # the cache's disk need not be that of runs/
+        raise full or _refused(repo_id, commit, "model", where, error) from None
 
 
 def _holds(folder: Path, weights: bool) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from tasks.disk import free_bytes
 from tasks.errors import UserError
 from tasks.memory import STATE_BYTES
+from tasks.training.checkpoint import DAMAGED, FOLDER
 
 
 def checkpoint_bytes(num_parameters: int, precision: str) -> float:
@@ -22,9 +23,13 @@ def stage_bytes(num_parameters: int, precision: str, keep_last: int) -> float:
 
 
 def check_disk(directory: Path, num_parameters: int, precision: str, keep_last: int) -> None:
-    """Refuse a stage whose checkpoints and export would not fit; checkpoints that stand are counted as room."""
+    """Refuse a stage whose checkpoints and export would not fit.
+
+    Checkpoints that stand are counted as room; not what is damaged among them, which stays until the stage is done.
+    """
     needed = stage_bytes(num_parameters, precision, keep_last)
-    present = sum(file.stat().st_size for file in (directory / "checkpoints").rglob("*") if file.is_file())
+    checkpoints = [folder for folder in (directory / FOLDER).glob("*") if not folder.name.startswith(DAMAGED)]
+    present = sum(file.stat().st_size for folder in checkpoints for file in folder.rglob("*") if file.is_file())
     free = free_bytes(directory)
     if free + present < needed:
         raise UserError(
