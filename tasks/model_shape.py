@@ -8,16 +8,14 @@ Letters: H hidden width, F width of the MLP, Q and K widths of all query and key
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tasks.errors import UserError
+from tasks.model_files import read_index, read_model_json, read_tensors
 
-HEADER_LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000
 NORMS_A_LAYER = {"gemma2": 4, "gemma3_text": 4, "gemma3": 4}  # the others: before the attention and before the MLP
 NORMS_OF_QUERIES_AND_KEYS = ("qwen3", "gemma3_text", "gemma3")
 BIASES_OF_QUERIES_KEYS_VALUES = ("qwen2",)
@@ -62,7 +60,7 @@ class ModelShape:
 
 def read_shape(folder: Path) -> ModelShape:
     """The shape of a model's folder; exact where its weights lie there. Raises `UserError` for what it cannot read."""
-    shape = shape_of(json.loads((folder / "config.json").read_text()), str(folder / "config.json"))
+    shape = shape_of(read_model_json(folder / "config.json", "model.path"), str(folder / "config.json"))
     sizes = tensor_sizes(folder)
     if not sizes or not _is_whole(folder, sizes):
         return shape
@@ -82,8 +80,7 @@ def shape_if_known(folder: Path) -> ModelShape | None:
 
 def _is_whole(folder: Path, sizes: dict[str, int]) -> bool:
     """Whether every tensor that the index names is there; a cache may hold some of the shards."""
-    index = folder / "model.safetensors.index.json"
-    return not index.is_file() or set(json.loads(index.read_text())["weight_map"]) <= set(sizes)
+    return set(read_index(folder, "model.path")) <= set(sizes)
 
 
 def shape_of(config: dict[str, Any], where: str = "config.json") -> ModelShape:
@@ -121,14 +118,5 @@ def tensor_sizes(folder: Path) -> dict[str, int]:
     """Names and numbers of elements of a folder's safetensors, from their headers; empty without any."""
     sizes: dict[str, int] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(HEADER_LENGTH_BYTES), "little")
-            if length > MAX_HEADER_BYTES:
-                raise UserError(f"{file} is no safetensors file", where="model.path")
-            try:
-                header = json.loads(stream.read(length))
-            except ValueError:
-                raise UserError(f"{file} is cut short, or no safetensors file", where="model.path") from None
-        header.pop("__metadata__", None)
-        sizes |= {name: math.prod(tensor["shape"]) for name, tensor in header.items()}
+        sizes |= {name: math.prod(tensor["shape"]) for name, tensor in read_tensors(file, "model.path").items()}
     return sizes

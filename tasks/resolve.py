@@ -6,7 +6,6 @@ A model is identified by the content of its files, wherever they lie. The run's 
 from __future__ import annotations
 
 import glob
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,14 @@ from tasks import hub
 from tasks.config import Run, locate, nearest
 from tasks.digests import Digests
 from tasks.errors import UserError
+from tasks.model_files import AGAIN, read_index, read_model_json, read_tensors
 from tasks.preparation.readers import file_format
 from tasks.roots import hold_found
 from tasks.trust import check_trust
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")  # fmt: skip
+VOCABULARIES = ("tokenizer.json", "tokenizer.*.json", "*.model", "vocab.*", "*.tiktoken")  # one of them, at least
 CONFIG_FILES = ("config.json", "generation_config.json")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -52,18 +53,20 @@ def resolve_base_model(run: Run, config_path: Path, digests: Digests) -> BaseMod
         folder = Path(run.model.path)
         _check_folder(folder, where)
         hold_found(folder.rglob("*"), config_path, where)
+        _check_weights(folder, where)
+        _check_tokenizer(folder, where)
         weights = sorted(folder.glob("*.safetensors"))
         tokenizer = {name: digests.of(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
         configs = {name: digests.of(folder / name) for name in CONFIG_FILES if (folder / name).is_file()}
-        tokenizer |= {name: digests.of(folder / name) for name in _further_files(folder)}
+        tokenizer |= {name: digests.of(folder / name) for name in _further_files(folder, where)}
         identity = {**configs, **{file.name: digests.of(file) for file in weights}, **tokenizer}
         if run.model.trust_remote_code:
             code = {str(file.relative_to(folder)): digests.of(file) for file in sorted(folder.rglob("*.py"))}
             identity, tokenizer = identity | code, tokenizer | code
     check_trust(folder, run.model.trust_remote_code, where)
-    _check_shards(folder, where)
+    _shards(folder, where)
     _check_adapter(folder, where)
-    vocab_size, max_positions = _sizes(folder / "config.json")
+    vocab_size, max_positions = _sizes(folder / "config.json", where)
     if max_positions and run.model.seq_len > max_positions:
         raise UserError(
             f"model.seq_len is {run.model.seq_len}, beyond the model's {max_positions} positions",
@@ -146,29 +149,47 @@ def _check_folder(folder: Path, where: str) -> None:
                         todo="convert it with save_pretrained, in a place where you trust the file")  # fmt: skip
 
 
-def _check_shards(folder: Path, where: str) -> None:
-    """Every shard lies in the model's folder: what an index names elsewhere would be loaded, and digested by nobody."""
-    index = folder / "model.safetensors.index.json"
-    shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else []
-    if strays := sorted({name for name in shards if Path(name).name != name}):
+def _check_weights(folder: Path, where: str) -> None:
+    """Every file that would be loaded is there, and whole as far as its header tells: not first in the training."""
+    single = "model.safetensors"
+    shards = {single} if (folder / single).is_file() else _shards(folder, where) or {single}
+    if missing := sorted(name for name in shards if not (folder / name).is_file()):
+        raise UserError(f"the model {folder} lacks {', '.join(missing[:3])}", where=where,
+                        allowed=f"{single}, or every file that its index names", todo=AGAIN)  # fmt: skip
+    for file in folder.glob("*.safetensors"):
+        read_tensors(file, where)
+
+
+def _shards(folder: Path, where: str) -> set[str]:
+    """The files that the index names, in the model's folder: one elsewhere would be loaded, and digested by nobody."""
+    shards = set(read_index(folder, where).values())
+    if strays := sorted(name for name in shards if Path(name).name != name):
         raise UserError(f"the model's index names weights outside its folder: {', '.join(strays[:3])}",
-                        where=str(index), allowed="file names without a folder", todo=f"correct {where}")  # fmt: skip
+                        where=str(folder / "model.safetensors.index.json"), allowed="file names without a folder",
+                        todo=f"correct {where}")  # fmt: skip
+    return shards
+
+
+def _check_tokenizer(folder: Path, where: str) -> None:
+    if not any(found for pattern in VOCABULARIES for found in folder.glob(pattern)):
+        raise UserError(f"the model {folder} holds no tokenizer", where=where, allowed="tokenizer.json, as "
+                        "save_pretrained writes it", todo="copy its tokenizer there")  # fmt: skip
 
 
 def _check_adapter(folder: Path, where: str) -> None:
     """No adapter: transformers would load the model that it names, from wherever that is, in place of this one."""
     adapter = folder / "adapter_config.json"
-    base = json.loads(adapter.read_text()).get("base_model_name_or_path") if adapter.is_file() else None
+    base = read_model_json(adapter, where).get("base_model_name_or_path") if adapter.is_file() else None
     if base:
         raise UserError(f"the model {folder} is an adapter of {base}, which would be loaded in its place", where=where,
                         allowed="a model with all of its weights",
                         todo=f"merge the adapter, or remove {adapter}")  # fmt: skip
 
 
-def _further_files(folder: Path) -> list[str]:
+def _further_files(folder: Path, where: str) -> list[str]:
     """What few tokenizers have: files for versions of transformers, and chat templates by name."""
     config = folder / "tokenizer_config.json"
-    named = (json.loads(config.read_text()).get("fast_tokenizer_files") or []) if config.is_file() else []
+    named = (read_model_json(config, where).get("fast_tokenizer_files") or []) if config.is_file() else []
     if strays := [name for name in named if not isinstance(name, str) or Path(name).name != name]:
         raise UserError(f"the tokenizer names files outside its folder: {', '.join(map(str, strays[:3]))}",
                         where=f"{config}, key fast_tokenizer_files", allowed="file names without a folder",
@@ -177,10 +198,14 @@ def _further_files(folder: Path) -> list[str]:
     return [name for name in named if (folder / name).is_file()] + [str(one.relative_to(folder)) for one in templates]
 
 
-def _sizes(config_file: Path) -> tuple[int, int | None]:
-    config = json.loads(config_file.read_text())
-    config = config.get("text_config", config)
-    return int(config["vocab_size"]), config.get("max_position_embeddings")
+def _sizes(config_file: Path, where: str) -> tuple[int, int | None]:
+    config = read_model_json(config_file, where)
+    config = config.get("text_config") or config
+    vocab_size, max_positions = config.get("vocab_size"), config.get("max_position_embeddings")
+    if not isinstance(vocab_size, int) or not isinstance(max_positions, int | None):
+        raise UserError(f"{config_file} gives vocab_size {vocab_size!r}, max_position_embeddings {max_positions!r}",
+                        where=where, allowed="whole numbers; the second may be left out", todo=AGAIN)  # fmt: skip
+    return vocab_size, max_positions
 
 
 def _chat_template(run: Run, config_path: Path, digests: Digests) -> dict[str, str] | None:

@@ -11,11 +11,11 @@ The order carries the answer (`how.trust_remote_code`); a worker declares it onc
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from tasks.errors import UserError
+from tasks.model_files import read_model_json
 from tasks.stage import Order
 
 VARIABLE = "STEEP_TRUST_REMOTE_CODE"  # from a worker to its own processes; what the shell says is overwritten
@@ -31,12 +31,13 @@ def trusted() -> bool:
     return os.environ.get(VARIABLE) == "1"
 
 
-def code_named_by(folder: Path) -> list[str]:
+def code_named_by(folder: Path, where: str = "model.path") -> list[str]:
     """The classes of the model's own code that its config and its tokenizer's name; empty for most models."""
     named: list[str] = []
     for name in ("config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            for value in json.loads((folder / name).read_text()).get("auto_map", {}).values():
+            auto_map = read_model_json(folder / name, where).get("auto_map") or {}
+            for value in auto_map.values() if isinstance(auto_map, dict) else [auto_map]:  # old tokenizers: a list
                 classes = value if isinstance(value, list) else [value]  # a tokenizer names a slow and a fast one
                 named += [str(one) for one in classes if one]
     return list(dict.fromkeys(named))
@@ -44,7 +45,7 @@ def code_named_by(folder: Path) -> list[str]:
 
 def check_trust(folder: Path, said: bool | None, where: str) -> None:
     """Raise `UserError` for a model that brings code of which the config says nothing."""
-    named = code_named_by(folder)
+    named = code_named_by(folder, where)
     if named and said is None:
         raise UserError(
             f"the model brings code of its own ({', '.join(named[:3])}), which loading it would run",

@@ -54,6 +54,8 @@ def read_yaml(path: Path) -> yaml.MappingNode:
     except FileNotFoundError:
         known = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise UserError(f"no such file: {path}{nearest(str(path), known)}", allowed=", ".join(known)) from None
+    except OSError as error:  # a folder, or a file that we may not read
+        raise UserError(f"{path} cannot be read: {error.strerror}", allowed="a YAML file") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise UserError(f"not readable as YAML: {error.problem}", where=f"{path}:{line}") from None

@@ -75,6 +75,20 @@ def test_an_unknown_tag_names_the_nearest(project: Path) -> None:
         load_hardware("cpu-2x")
 
 
+def test_a_config_that_is_a_folder_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        load_config(tmp_path)
+
+
+def test_a_config_that_may_not_be_read_is_told(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> str:  # root, as in CI's containers, may read every file
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(UserError, match=r"run.yaml cannot be read: Permission denied"):
+        load_config(project / "run.yaml")
+
+
 def test_a_missing_config_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"did you mean 'configs/regulator.yaml'"):
         load_config("configs/regulater.yaml")

@@ -1,6 +1,7 @@
 """What is reused, what runs again, and the reasons that the plan gives."""
 
 import gzip
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -215,6 +216,57 @@ def test_what_a_config_names_must_exist(project: Path, case: str) -> None:
 def test_pickled_weights_are_refused(project: Path) -> None:
     (project / "base/model.safetensors").rename(project / "base/pytorch_model.bin")
     with pytest.raises(UserError, match=r"only pickled weights \(pytorch_model.bin\)"):
+        plan(project)
+
+
+DAMAGED = {  # file -> its content, what is said
+    "config cut short": ("config.json", b"{", ["config.json is damaged, or no JSON"]),
+    "config empty": ("config.json", b"", ["config.json is damaged, or no JSON"]),
+    "config a list": ("config.json", b"[]", ["config.json holds no fields, but []"]),
+    "config without vocabulary": ("config.json", b'{"model_type": "llama"}', ["config.json gives vocab_size None"]),
+    "tokenizer's config cut short": ("tokenizer_config.json", b'{"a":', ["tokenizer_config.json is damaged"]),
+    "no text at all": ("tokenizer_config.json", b"\xff\xfe", ["tokenizer_config.json is damaged"]),
+    "adapter's config cut short": ("adapter_config.json", b"{", ["adapter_config.json is damaged"]),
+    "index cut short": ("model.safetensors.index.json", b"{", ["index.json is damaged"]),
+    "index without files": ("model.safetensors.index.json", b'{"weight_map": ["a"]}', ["has no `weight_map`"]),
+    "weights empty": ("model.safetensors", b"", ["model.safetensors is cut short"]),
+    "weights without places": ("model.safetensors", b"\7\0\0\0\0\0\0\0{\"a\":1}", ["is cut short, or no safetensors"]),
+    "weights a page": ("model.safetensors", b"<html>Not Found</html>", ["is no safetensors file"]),
+    "a git-lfs pointer": ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+                          ["is a git-lfs pointer", "git lfs pull"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_file_of_the_model_is_told_by_its_name(project: Path, case: str) -> None:
+    name, content, said = DAMAGED[case]
+    (project / "base" / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        plan(project)
+    assert [text for text in [*said, "run.yaml:5"] if text not in str(caught.value)] == [], str(caught.value)
+
+
+def test_weights_that_are_cut_short_are_told_before_the_training(project: Path) -> None:
+    weights = project / "base/model.safetensors"
+    with weights.open("rb+") as file:
+        file.truncate(weights.stat().st_size - 1)
+    with pytest.raises(UserError, match=r"model.safetensors holds [\d,]+ bytes, and by its header "):
+        plan(project)
+
+
+def test_a_shard_that_is_missing_is_told_before_the_training(project: Path) -> None:
+    (project / "base/model.safetensors").rename(project / "base/model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match=r"lacks model.safetensors\n"):
+        plan(project)
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (project / "base/model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(UserError, match=r"lacks model-00002-of-00002.safetensors\n"):
+        plan(project)
+
+
+def test_a_model_without_a_tokenizer_is_refused(project: Path) -> None:
+    (project / "base/tokenizer.json").unlink()
+    with pytest.raises(UserError, match="holds no tokenizer"):
         plan(project)
 
 
