@@ -33,7 +33,7 @@ from flows.pools import TAG
 from flows.reach import require_server
 from flows.routing import hand_over
 from flows.tether import tie_temporary_server
-from tasks.artifacts import show_plan
+from tasks.artifacts import flush, show_plan
 from tasks.config import load_config
 from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from tasks.evaluate import evaluate
@@ -75,6 +75,19 @@ def pipeline(
         until: Run everything up to this stage.
         force: Run this stage again though it stands; the old one is set aside. What a forced run began, goes on.
     """
+    try:
+        return _run(config, hardware, only, until, force)
+    finally:
+        flush()
+
+
+# The parameters are plain text already; Prefect's own way imports fastapi for it, which takes 0.3 s.
+pipeline.serialize_parameters = dict  # type: ignore[method-assign, assignment]
+
+
+def _run(
+    config: str, hardware: str | None, only: str | None, until: str | None, force: str | None
+) -> State[None] | None:
     if skipped := skip():
         return skipped
     said = {"config": config, "only": only, "until": until, "force": force}
@@ -101,10 +114,6 @@ def pipeline(
     if "report" in wanted:
         report(plan["report"], *rows.values(), *models, results, force=again.get("report", ""))
     return None
-
-
-# The parameters are plain text already; Prefect's own way imports fastapi for it, which takes 0.3 s.
-pipeline.serialize_parameters = dict  # type: ignore[method-assign, assignment]
 
 
 def load_plan(config: str, hardware: str | None) -> dict[str, Planned]:

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
@@ -48,7 +48,8 @@ SECONDS_BETWEEN_POSTS = 2.0
 SECONDS_FOR_LAST_POST = 5.0
 SECONDS_TO_FIRST_PICTURE, SECONDS_BETWEEN_PICTURES = 20.0, 180.0  # of the loss
 SECONDS_WITHOUT_SERVER = 60.0  # after a post that failed: it may be away for days
-_QUEUE = ThreadPoolExecutor(max_workers=1)  # emptied before the process ends
+_QUEUE = ThreadPoolExecutor(max_workers=1)
+_POSTS: list[Future[Any]] = []  # what was queued since the last `flush`
 FILES_URL_VARIABLE = "STEEP_FILES_URL"  # where `make serve` shows runs/ to a browser
 
 
@@ -80,7 +81,7 @@ def live(stages: Sequence[Planned]) -> Iterator[Callable[[str], None]]:
     finally:
         poster.stopped.set()
         thread.join(SECONDS_FOR_LAST_POST)
-        _QUEUE.submit(contextvars.copy_context().run, poster.post_last_picture)
+        _POSTS.append(_QUEUE.submit(contextvars.copy_context().run, poster.post_last_picture))
 
 
 def show_plan(plan: dict[str, Planned]) -> None:
@@ -105,6 +106,17 @@ def show(stages: Sequence[Planned], reused: bool) -> None:
     report, which closes every run."""
     if not reused or stages[0].order.kind == "report":
         _post(stages[0].order.run, lambda: _left_behind(stages))
+
+
+def flush(seconds: float = SECONDS_FOR_LAST_POST) -> None:
+    """Wait for what is queued; what has not begun by then is dropped.
+
+    Posting makes Prefect start threads, which it no longer can while the interpreter shuts down.
+    """
+    dropped = [post.cancel() for post in wait(_POSTS, seconds).not_done]
+    if any(dropped):
+        get_logger("steep").warning("%d artifacts of this run are not shown: the server was too slow", sum(dropped))
+    _POSTS.clear()
 
 
 def _left_behind(stages: Sequence[Planned]) -> list[dict[str, Any]]:
@@ -202,7 +214,10 @@ def _post(run_name: str, build: Callable[[], list[dict[str, Any]]]) -> None:
     if ids := _run_ids():
         context = contextvars.copy_context()
         warning = "an artifact of this run is not shown"
-        _QUEUE.submit(context.run, _politely, lambda client: _create_all(client, run_name, build(), ids), warning)
+        post = _QUEUE.submit(
+            context.run, _politely, lambda client: _create_all(client, run_name, build(), ids), warning
+        )
+        _POSTS.append(post)
 
 
 def _create_all(client: SyncPrefectClient, run_name: str, built: list[dict[str, Any]], ids: dict[str, Any]) -> None:
