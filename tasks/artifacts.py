@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -220,8 +221,10 @@ def _post(run_name: str, build: Callable[[], list[dict[str, Any]]]) -> None:
         _POSTS.append(post)
 
 
-def _create_all(client: SyncPrefectClient, run_name: str, built: list[dict[str, Any]], ids: dict[str, Any]) -> None:
-    for artifact in built:
+def _create_all(
+    client: SyncPrefectClient, run_name: str, build: Callable[[], list[dict[str, Any]]], ids: dict[str, Any]
+) -> None:
+    for artifact in build():
         _create(client, run_name, artifact, ids)
 
 

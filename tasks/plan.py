@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from typing import Any
 from tasks.choose import Choice, Job, choose, evaluation_dtype
 from tasks.config import Hardware, Run, TrainStage
 from tasks.digests import Digests
-from tasks.errors import UserError
+from tasks.errors import UserError, parse
 from tasks.hardware import place
 from tasks.model_shape import ModelShape, shape_if_known
 from tasks.reasons import differences, shortened
 from tasks.resolve import BaseModelFiles, resolve_base_model, resolve_sources
 from tasks.stage import (
     ARTIFACT,
+    ERROR,
     ORDER,
     VERSIONS,
     Order,
@@ -40,7 +42,7 @@ from tasks.task_files import resolve_task_files
 GROUPS = ("prepare", "cpt", "sft", "evaluate", "report")  # what --only, --until and --force name
 # What of a stage the next one computes from; logs, metrics and timings may differ between equal runs.
 PRIMARY_OUTPUT = {"prepare": "rows.arrow", "train": "model/", "evaluate": "results.json", "report": "results.csv"}
-NEW, INTERRUPTED = "not yet run", "interrupted before it was finished"
+NEW, INTERRUPTED, FAILED = "not yet run", "interrupted before it was finished", "failed: "
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Planned:
     @property
     def is_new(self) -> bool:
         """Whether no run has finished it before, in whatever form."""
-        return self.reasons in ((NEW,), (INTERRUPTED,))
+        return self.reasons in ((NEW,), (INTERRUPTED,)) or "".join(self.reasons).startswith(FAILED)
 
     @property
     def reused(self) -> bool:
@@ -270,6 +272,8 @@ def changed_inputs(directory: Path) -> list[str]:
 
 
 def _why_stale(order: Order, runs: Path) -> list[str]:
+    with suppress(OSError):  # the last try said what it did not like; a new one removes it
+        return [FAILED + parse((order.directory(runs) / ERROR).read_text()).what.partition("\n")[0]]
     earlier = _nearest_order(order, runs)
     if earlier is None:
         return [INTERRUPTED if (order.directory(runs) / ORDER).exists() else NEW]

@@ -11,7 +11,7 @@ from flows.pipeline import main
 from tasks.config import load_config, load_hardware
 from tasks.errors import UserError
 from tasks.plan import PRIMARY_OUTPUT, Planned, make_plan, output_digest, render, select, upstream
-from tasks.stage import finish, write_order
+from tasks.stage import finish, leave_error, write_order
 from tests.conftest import edit, laws, write_lines
 
 STAGES = ["prepare_cpt", "prepare_sft", "cpt", "sft", "evaluate_base", "evaluate_cpt", "evaluate_sft", "report"]
@@ -140,6 +140,16 @@ def test_a_stage_deleted_from_disk_runs_again_with_what_follows(finished: Path) 
     found = stale(finished)
     assert found["prepare_cpt"] == "not yet run"
     assert found["cpt"] == "prepare_cpt runs again"
+
+
+def test_a_stage_that_failed_says_why(project: Path) -> None:
+    order = plan(project)["prepare_cpt"].order
+    error = UserError("the file holds no text\nat all", where="laws.jsonl:3")
+    leave_error(write_order(order, project / "runs"), error)
+    assert stale(project)["prepare_cpt"] == "failed: the file holds no text"
+    assert render(plan(project)).startswith("run    prepare_cpt-")
+    pretend(plan(project)["prepare_cpt"])
+    assert "prepare_cpt" not in stale(project)
 
 
 def test_only_and_until_choose_stages(project: Path) -> None:
