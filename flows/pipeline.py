@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from tasks.forecast import lines, missing_for, preflight
 from tasks.launch import Preempted, WorkerFailed
 from tasks.machine import resolve_tag
 from tasks.outcome import speaker
-from tasks.plan import GROUPS, Planned, forced, make_plan, render, select
+from tasks.plan import GROUPS, Planned, check_upstream, forced, make_plan, render, select
 from tasks.prepare import prepare
 from tasks.report import report
 from tasks.reporting import result_table_text
@@ -97,7 +96,9 @@ def _run(
     plan = load_plan(config, hardware)
     wanted = select(plan, only, until)
     show_plan(plan)
-    announce(plan, wanted, force)
+    checked = forced(plan, wanted, force)
+    announce(checked, wanted)
+    check_upstream(checked, wanted)
 
     again = {force: flow_run.id}  # who asks: a retry of this run goes on from what it made, and does not force it anew
     rows: dict[str, Any] = {}
@@ -123,10 +124,9 @@ def load_plan(config: str, hardware: str | None) -> dict[str, Planned]:
     return make_plan(run, Path(config), tag, row)
 
 
-def announce(plan: dict[str, Planned], wanted: list[str], force: str | None = None) -> None:
+def announce(plan: dict[str, Planned], wanted: list[str]) -> None:
     """The first lines of a run: what its trainings will take. Refuses what this machine cannot do."""
     say = speaker()
-    plan = {name: replace(p, reasons=("forced",)) if p.group == force else p for name, p in plan.items()}
     for line in lines(plan, wanted):
         say(line)
     preflight(plan, wanted)
@@ -171,6 +171,7 @@ def _show_plan(plan: dict[str, Planned], wanted: list[str], force: str | None, u
     print("\n".join([render({name: plan[name] for name in wanted}), *(["", *forecast] if forecast else [])]))
     if unused:
         print(f"\nno stage reads {', '.join(unused)}: named in `sources:`, and in no mix or replay")
+    check_upstream(plan, wanted)
     if missing := missing_for(plan, wanted):
         print(f"\nnot on this machine: {missing.what}; {missing.todo}")
 

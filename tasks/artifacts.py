@@ -215,10 +215,8 @@ def _post(run_name: str, build: Callable[[], list[dict[str, Any]]]) -> None:
     if ids := _run_ids():
         context = contextvars.copy_context()
         warning = "an artifact of this run is not shown"
-        post = _QUEUE.submit(
-            context.run, _politely, lambda client: _create_all(client, run_name, build(), ids), warning
-        )
-        _POSTS.append(post)
+        create = partial(_create_all, run_name=run_name, build=build, ids=ids)
+        _POSTS.append(_QUEUE.submit(context.run, _politely, create, warning))
 
 
 def _create_all(

@@ -140,6 +140,19 @@ def forced(plan: dict[str, Planned], wanted: list[str], group: str | None) -> di
     return after
 
 
+def check_upstream(plan: dict[str, Planned], wanted: list[str]) -> None:
+    """Refuse, before the first stage begins, what reads a stage that neither stands nor runs before it."""
+    made = {plan[name].directory.name for name in wanted}
+    for planned in (plan[name] for name in wanted if not plan[name].reused):
+        read = upstream(planned.order, planned.directory.parent)
+        if missing := [name for name, path in read.items() if name not in made and not output_digest(path)]:
+            raise UserError(
+                f"{planned.stage} reads {', '.join(missing)}, which has not been computed",
+                where=str(planned.directory.parent),
+                todo=f"run the stages before it too: --until {planned.group}",
+            )
+
+
 def render(plan: dict[str, Planned]) -> str:
     """The plan as text: a line a stage, with the reasons of what is stale."""
     lines = []

@@ -154,6 +154,12 @@ def test_a_stage_without_what_it_reads_says_what_to_run(project: Path, capsys: p
     assert "cpt reads prepare_cpt-" in (said := capsys.readouterr().err) and "--until cpt" in said
 
 
+def test_no_evaluation_begins_where_one_has_no_model(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", str(project / "run.yaml"), "--only", "evaluate"]) == 2
+    assert "evaluate_cpt reads cpt-" in capsys.readouterr().err
+    assert not list((project / "runs").glob("evaluate_*"))
+
+
 BAD_ROWS = {
     "malformed JSON": ('{"text": "a law"\n', ["laws.jsonl:201"]),
     "missing field": ('{"txt": "a law"}\n', ["laws.jsonl:201", "text"]),

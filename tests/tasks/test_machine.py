@@ -199,7 +199,7 @@ def test_a_run_is_refused_before_anything_starts(
     reused = {name: replace(planned, reasons=()) for name, planned in plan.items()}
     flow.announce(reused, list(plan))
     with pytest.raises(UserError, match="needs 2 GPUs"):
-        flow.announce(reused, list(plan), force="cpt")
+        flow.announce(flow.forced(reused, list(plan), "cpt"), list(plan))
     assert not list((project / "runs").glob("prepare*"))
 
 

@@ -10,7 +10,17 @@ import pytest
 from flows.pipeline import main
 from tasks.config import load_config, load_hardware
 from tasks.errors import UserError
-from tasks.plan import PRIMARY_OUTPUT, Planned, make_plan, output_digest, render, select, upstream
+from tasks.plan import (
+    GROUPS,
+    PRIMARY_OUTPUT,
+    Planned,
+    check_upstream,
+    make_plan,
+    output_digest,
+    render,
+    select,
+    upstream,
+)
 from tasks.stage import finish, leave_error, write_order
 from tests.conftest import edit, laws, write_lines
 
@@ -140,6 +150,18 @@ def test_a_stage_deleted_from_disk_runs_again_with_what_follows(finished: Path) 
     found = stale(finished)
     assert found["prepare_cpt"] == "not yet run"
     assert found["cpt"] == "prepare_cpt runs again"
+
+
+def test_what_reads_a_stage_that_is_not_there_is_refused_as_a_whole(finished: Path) -> None:
+    edit(finished, "epochs: 1", "epochs: 2")  # SFT and what follows are new; base and CPT stand
+    everything = plan(finished)
+    for group in GROUPS[:2]:
+        check_upstream(everything, select(everything, group, None))
+    check_upstream(everything, select(everything, None, None))
+    with pytest.raises(UserError, match=r"evaluate_sft reads sft-\w+, which (.|\n)*--until evaluate"):
+        check_upstream(everything, select(everything, "evaluate", None))
+    with pytest.raises(UserError, match=r"sft reads prepare_sft-"):
+        check_upstream(everything, ["sft"])
 
 
 def test_a_stage_that_failed_says_why(project: Path) -> None:
