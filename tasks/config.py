@@ -240,6 +240,11 @@ class Run(Section):
                     f"{name}.batch_tokens is {stage.batch_tokens}, no multiple of model.seq_len {self.model.seq_len}; "
                     f"the nearest are {' and '.join(map(str, fitting))}", name, "batch_tokens",
                 )  # fmt: skip
+            if stage.tokens is not None and stage.tokens < stage.batch_tokens:
+                raise Misplaced(
+                    f"{name}.tokens is {stage.tokens}, less than the {stage.batch_tokens} of one step "
+                    f"({name}.batch_tokens): raise the budget, or lower batch_tokens", name, "tokens",
+                )  # fmt: skip
         if self.gate:
             self._check_gate(self.gate)
         return self

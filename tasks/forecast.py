@@ -22,6 +22,7 @@ from tasks.stage import ARTIFACT, read_artifact
 from tasks.training.trackers import missing_tracker
 
 INDENT = " " * 7
+FEW_STEPS = 20  # warmup and decay of the learning rate are a step or two then
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -92,14 +93,18 @@ def _trainings(plan: dict[str, Planned], wanted: Iterable[str] | None, reused: b
 def _stage_lines(planned: Planned) -> list[str]:
     choice, how = planned.choice, planned.order.how
     assert choice is not None
-    head = f"{planned.stage:<7}{'stands; again on ' if planned.reused else ''}{how['tag']}: {choice.say()}"
+    num_steps, again = _num_steps(planned), "stands; again on " if planned.reused else ""
+    head = f"{planned.stage:<7}{again}{how['tag']}: {choice.say()}" + (f"; {_steps(num_steps)}" if num_steps else "")
+    few = [f"{INDENT}so few steps hardly train: lower batch_tokens, or raise the budget"]
+    few = few if num_steps and num_steps < FEW_STEPS else []
     if choice.parts is None:
-        return [f"{head}; {_disk(planned)}"]
+        return [f"{head}; {_disk(planned)}", *few]
     parts = " + ".join(f"{name} {gib:.1f}" for name, gib in choice.parts.as_gib().items())
     return [
         f"{head}; {choice.gib:.1f} of {choice.hardware.memory_gib:g} GiB a GPU",
         f"{INDENT}{parts} GiB (at the {choice.parts.moment})" + _host_memory(planned),
         f"{INDENT}{_time(planned)}; {_disk(planned)}",
+        *few,
     ]
 
 
@@ -134,6 +139,18 @@ def _tokens(planned: Planned) -> int | None:
     if (rows / ARTIFACT).is_file():
         return int(read_artifact(rows)["counts"]["tokens"])
     return planned.budget_tokens
+
+
+def _num_steps(planned: Planned) -> int | None:
+    """As the trainer counts them where the rows stand, else at least; a budget in epochs says nothing before."""
+    rows, batch_tokens = Path(planned.order.inputs["rows"]), planned.order.what["batch_tokens"]
+    if (rows / ARTIFACT).is_file():
+        return -(-int(read_artifact(rows)["counts"]["rows"]) * planned.order.what["seq_len"] // batch_tokens)
+    return -(-planned.budget_tokens // batch_tokens) if planned.budget_tokens else None
+
+
+def _steps(number: int) -> str:
+    return f"{number:,} step{'s' if number > 1 else ''}"
 
 
 def _disk(planned: Planned) -> str:

@@ -14,6 +14,7 @@ import time
 from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from tasks.digests import check_unchanged
 from tasks.disk import writes_told
@@ -44,6 +45,7 @@ OFFLINE = {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+RISEN = 1.1
 SECONDS_FOR_RANK_0 = 30
 SECONDS_TO_BE_STOPPED = 1.0  # torchrun looks after its ranks every 0.1 s
 IS_MAIN = os.environ.get("RANK", "0") == "0"
@@ -110,7 +112,16 @@ def _work(directory: Path) -> int:
         _clear(directory)
         say(f"{order.stage:<14}done: loss {counts['final_loss']:.3f}, {counts['tokens_per_second']:,.0f} tok/s, "
             f"{counts['weights_moved_share']:.1%} of the weights moved")  # fmt: skip
+        if warning := loss_rose(counts):
+            say(f"{order.stage:<14}{warning}")
     return 0
+
+
+def loss_rose(counts: dict[str, Any]) -> str:
+    """A warning for a training that ends worse than it began; empty for any other. Steps differ by a few percent."""
+    first, final = counts["first_loss"], counts["final_loss"]
+    rose = f"the loss rose from {first:.3f} at the first step to {final:.3f} at the last: lower `learning_rate`"
+    return rose if final > RISEN * first else ""
 
 
 def _set_environment(unused: tuple[str, ...]) -> None:

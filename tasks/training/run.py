@@ -223,6 +223,7 @@ def count(directory: Path, layout: Layout) -> dict[str, Any]:
         "supervised_tokens": sum(line["supervised_tokens"] for line in lines),
         "skipped_steps": [line["step"] for line in skipped],
         "skipped_tokens": sum(line["tokens"] for line in skipped),
+        "first_loss": losses[0],
         "final_loss": losses[-1],
         "tokens_per_second": round(tokens / seconds, 1),
         "seconds_training": round(seconds, 3),

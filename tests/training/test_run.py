@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.errors import UserError
 from tasks.stage import write_json
+from tasks.training.__main__ import loss_rose
 from tasks.training.checkpoint import list_checkpoints, step_of
 from tasks.training.export import moved_share
 from tasks.training.metrics import METRICS, read_metrics
@@ -119,7 +120,10 @@ def test_counts_are_those_of_the_rows(trained: tuple[Path, dict[str, object]]) -
     lines = read_metrics(trained[0])
     assert counts["steps"] == 11
     assert counts["tokens"] == sum(line["tokens"] for line in lines)
-    assert counts["final_loss"] == lines[-1]["loss"]
+    assert counts["first_loss"] == lines[0]["loss"] and counts["final_loss"] == lines[-1]["loss"]
+    assert loss_rose(counts) == "" and "from 2.000 at the first step to 2.300" in loss_rose(
+        counts | {"first_loss": 2.0, "final_loss": 2.3}
+    )
     assert (counts["wrapper"], counts["resumed_from"], counts["new_embedding_rows"]) == ("none", [], 0)
     assert counts["attention"] == "steep_isolated"
 
