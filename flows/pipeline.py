@@ -33,7 +33,7 @@ from flows.reach import require_server
 from flows.routing import hand_over
 from flows.tether import tie_temporary_server
 from tasks.artifacts import flush, show_plan
-from tasks.config import load_config
+from tasks.config import load_config, locate
 from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from tasks.evaluate import evaluate
 from tasks.forecast import lines, missing_for, preflight
@@ -120,7 +120,8 @@ def _run(
 def load_plan(config: str, hardware: str | None) -> dict[str, Planned]:
     """The plan of a run's file; `hardware` overrides its tag."""
     run = load_config(config)
-    tag, row = resolve_tag(hardware or run.hardware)
+    where = "--hardware" if hardware else locate(Path(config), "hardware")
+    tag, row = resolve_tag(hardware or run.hardware, where)
     return make_plan(run, Path(config), tag, row)
 
 

@@ -91,16 +91,16 @@ class Hardware(Section):
                             "run; fp32-master needs no GPU memory for its states then", "precision")  # fmt: skip
 
 
-def load_hardware(tag: str, path: Path = HARDWARE_FILE) -> Hardware:
-    """The row of a hardware tag. Raises `UserError` for an unknown tag, with the nearest known one."""
+def load_hardware(tag: str, path: Path = HARDWARE_FILE, where: str = "") -> Hardware:
+    """The row of a hardware tag. Raises `UserError` for an unknown one, with the nearest; `where` is who names it."""
     root = read_yaml(path)
     rows = {key.value: (key, value) for key, value in root.value}
     if tag not in rows:
         raise UserError(
             f"unknown hardware tag '{tag}'{nearest(tag, [*rows, AUTO])}",
-            where=str(path),
+            where=where or str(path),
             allowed=", ".join([*rows, AUTO]),
-            todo="set `hardware:` in the run's file or pass --hardware; a new machine is one new row",
+            todo=f"set `hardware:` in the run's file or pass --hardware; a new machine is one new row of {path}",
         )
     return validate(Hardware, rows[tag][1], path, prefix=(tag,))
 

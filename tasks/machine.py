@@ -50,9 +50,9 @@ def gpus() -> list[Gpu]:
     ]
 
 
-def resolve_tag(tag: str) -> tuple[str, Hardware]:
-    """The tag and its row; `auto` becomes the tag of this machine."""
-    return _detect(gpus()) if tag == AUTO else (tag, load_hardware(tag))
+def resolve_tag(tag: str, where: str = "") -> tuple[str, Hardware]:
+    """The tag and its row; `auto` becomes the tag of this machine. `where` is who names it."""
+    return _detect(gpus()) if tag == AUTO else (tag, load_hardware(tag, where=where))
 
 
 def missing_here(tag: str, hardware: Hardware, hows: list[dict[str, Any]], host_gib: float = 0.0) -> UserError | None:

@@ -223,7 +223,8 @@ def _prepare_order(
         **stage.model_dump(include={"tokens", "epochs", "mix", "replay", "max_epochs", "overflow"}, mode="json"),
         "seed": run.seed,
     }
-    how = {"processes": len(os.sched_getaffinity(0))}  # every core, whatever trains; the rows do not depend on it
+    # Every core, whatever trains; the rows do not depend on it. Errors of the worker name lines of the run's file.
+    how = {"processes": len(os.sched_getaffinity(0)), "config": str(config_path)}
     return Order(f"prepare_{name}", "prepare", run.name, what, how, {"model": base.path})
 
 

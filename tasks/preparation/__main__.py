@@ -9,6 +9,7 @@ The output is a pure function of the order's `what` and the files: the same byte
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from tasks.config import locate
 from tasks.digests import check_unchanged
 from tasks.disk import writes_told
 from tasks.errors import EXIT_USER_ERROR, UserError
@@ -33,6 +35,8 @@ from tasks.progress import Progress, say
 from tasks.stage import ERROR, Order, finish, is_done, leave_error, read_order, stage_lock, write_json
 from tasks.trust import declare
 
+# Names of sources may hold dots.
+KEY = re.compile(r"(mix|replay|sources|model)\.(.+?)(?:\.(files|hf))?( \(.*\))?")
 OUTPUTS = ("rows.arrow", "ledger.json", "mix.json", "examples.json", "tokenizer")
 
 
@@ -61,9 +65,27 @@ def with_work(directory: Path, order: Order, began: float) -> None:
         counts = prepare(order, work)
         for output in OUTPUTS:
             _replace(work / output, directory / output)
+    except UserError as error:
+        raise UserError(
+            error.what, where=in_config(error.where, order), allowed=error.allowed, todo=error.todo
+        ) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
     finish(directory, OUTPUTS, counts, time.monotonic() - began)
+
+
+def in_config(where: str, order: Order) -> str:
+    """A key that an error names, `mix.docs`, with file, line and stage; anything else, as a file of data, as it is."""
+    found = KEY.fullmatch(where)
+    if not found:
+        return where
+    section, name, below, rest = found.groups()
+    keys = [section, name, *([below] if below else [])]
+    keys = [order.what["stage"], *keys] if section in ("mix", "replay") else keys
+    try:
+        return locate(Path(order.how["config"]), *keys) + (rest or "")
+    except (KeyError, UserError):  # an order that was written by hand, or a file that is gone by now
+        return ".".join(keys) + (rest or "")
 
 
 def prepare(order: Order, work: Path) -> dict[str, Any]:

@@ -141,9 +141,11 @@ def _deal(documents: np.ndarray, take: np.ndarray, num_parts: int) -> np.ndarray
 def _check_shares(plans: list[SourcePlan], tokens: list[int]) -> None:
     total = sum(tokens)
     for plan, got in zip(plans, tokens, strict=True):
+        few = "so few conversations cannot make that share, and they are never cut"
+        few = few if plan.is_chat else "so few tokens cannot make that share"
         if abs(got / max(1, total) - plan.share) > MAX_SHARE_ERROR:
             raise UserError(
                 f"'{plan.name}' makes {got / max(1, total):.2%} of {total:,} tokens, not {plan.share:.2%}",
                 where=f"{plan.role}.{plan.name}", allowed="within 0.1 percentage point",
-                todo="raise the budget: so few conversations cannot make that share, and they are never cut",
+                todo=f"raise the budget: {few}",
             )  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.pipeline import main
+from flows.pipeline import load_plan, main
 from tasks.config import load_config, load_hardware
 from tasks.errors import UserError
 from tasks.plan import (
@@ -21,6 +21,7 @@ from tasks.plan import (
     select,
     upstream,
 )
+from tasks.preparation.__main__ import in_config
 from tasks.stage import finish, leave_error, write_order
 from tests.conftest import edit, laws, write_lines
 
@@ -243,6 +244,24 @@ def test_what_a_config_names_must_exist(project: Path, case: str) -> None:
         plan(project)
     assert [text for text in said if text not in str(caught.value)] == [], str(caught.value)
     assert not (project / "runs").exists() or not list((project / "runs").glob("*-*"))
+
+
+def test_an_error_of_the_preparation_names_the_line_of_the_runs_file(project: Path) -> None:
+    order = plan(project)["prepare_cpt"].order
+    file = project / "run.yaml"
+    assert in_config("replay.general", order) == f"{file}:13, key cpt.replay.general"
+    assert in_config("sources.laws.files", order) == f"{file}:7, key sources.laws.files"
+    assert in_config("sources.laws (a.jsonl)", order) == f"{file}:7, key sources.laws (a.jsonl)"
+    assert in_config(f"{project}/laws.jsonl:3", order) == f"{project}/laws.jsonl:3"
+    file.unlink()
+    assert in_config("replay.general", order) == "cpt.replay.general"
+
+
+def test_an_unknown_tag_is_told_where_it_stands(project: Path) -> None:
+    edit(project, "hardware: cpu", "hardware: cpx")
+    with pytest.raises(UserError, match="unknown hardware tag 'cpx'") as caught:
+        load_plan(str(project / "run.yaml"), None)
+    assert caught.value.where == f"{project}/run.yaml:2, key hardware"
 
 
 def test_pickled_weights_are_refused(project: Path) -> None:
