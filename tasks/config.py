@@ -97,6 +97,9 @@ class Source(Section):
                              ("output", "instruction"), ("input", "instruction")):  # fmt: skip
             if getattr(self, field) and not getattr(self, needs):
                 raise ValueError(f"'{field}' needs '{needs}' beside it")
+        # An order holds the default too, and is read with this schema.
+        if self.kind != "text" and self.min_chars != type(self).model_fields["min_chars"].default:
+            raise Misplaced("'min_chars' is for documents: chats may be short", "min_chars")
         return self
 
 

@@ -110,8 +110,11 @@ def decode(data: bytes, path: str, first_line: int) -> str:
 def wrong_encoding(path: str, line: int, error: UnicodeDecodeError) -> UserError:
     """The error for bytes that are not UTF-8."""
     wrong = error.object[error.start : error.start + 4]
+    encoding = (
+        "UTF-16" if line == 1 and error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "CP1252"
+    )
     return UserError(f"the bytes {wrong!r} are not UTF-8 ({error.reason})", where=f"{path}:{line}", allowed="UTF-8",
-                     todo=f"convert it, for example: iconv -f CP1252 -t UTF-8 {Path(path).name}")  # fmt: skip
+                     todo=f"convert it, for example: iconv -f {encoding} -t UTF-8 {Path(path).name}")  # fmt: skip
 
 
 def _open_gzip(raw: IO[bytes]) -> IO[bytes]:
@@ -157,6 +160,9 @@ def _read_csv(path: str, file: IO[bytes]) -> Iterator[Located]:
     rows = csv.reader((decode(raw, path, line) for line, raw in enumerate(file, start=1)), strict=True)
     try:
         header = next(rows, [])
+        if len(header) == 1 and ";" in header[0]:
+            raise UserError("the columns seem to be separated by ';'", where=f"{path}:1", allowed="','",
+                            todo="save it with commas between columns")  # fmt: skip
         line = rows.line_num + 1
         for row in rows:
             if row and len(row) != len(header):

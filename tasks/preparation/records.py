@@ -76,7 +76,8 @@ def _field(record: dict[str, Any], field: str, where: str) -> Any:
 def _text(record: dict[str, Any], field: str, where: str) -> str:
     value = _field(record, field, where)
     if not isinstance(value, str):
-        raise UserError(f"the field '{field}' holds {_kind(value)}", where=where, allowed="a text")
+        raise UserError(f"the field '{field}' holds {_kind(value)}", where=where, allowed="a text",
+                        todo="correct the record, or remove it" if value is None else "")  # fmt: skip
     return value
 
 
@@ -93,6 +94,9 @@ def _prompt_completion(record: dict[str, Any], fields: dict[str, str], where: st
 
 def _alpaca(record: dict[str, Any], fields: dict[str, str], where: str) -> list[Message]:
     prompt = _text(record, fields["instruction"], where)
+    others = [name for name in record if name not in fields.values()]
+    if "input" in fields and fields["input"] not in record and not nearest(fields["input"], others):
+        fields = {role: name for role, name in fields.items() if role != "input"}  # many sets leave out an empty one
     if "input" in fields and _field(record, fields["input"], where) not in (None, ""):
         prompt += "\n\n" + _text(record, fields["input"], where)
     answer = _text(record, fields["output"], where)
@@ -116,10 +120,21 @@ def _messages(turns: Any, field: str, where: str) -> list[Message]:
         at = f"{where}, {field}[{number}]"
         if turn.get("content") is None and turn.get("tool_calls"):
             turn = {**turn, "content": ""}  # a turn may be nothing but calls
+        parts = turn.get("content")
+        if isinstance(parts, list) and parts and all(isinstance(part, dict) for part in parts):
+            turn = {**turn, "content": _joined(parts, at)}
         message = {"role": _text(turn, "role", at), "content": _text(turn, "content", at)}
         extra = {key: value for key, value in turn.items() if key not in message and value is not None}
         messages.append(message | extra)  # tool calls, names: the template decides
     return messages
+
+
+def _joined(parts: list[dict[str, Any]], where: str) -> str:
+    """Content in parts, as OpenAI's format has it: texts are joined; a model of text takes nothing else."""
+    if others := [part.get("type") for part in parts if part.get("type") != "text"]:
+        raise UserError(f"'content' holds a part of type {others[0]!r}", where=where, allowed="parts of type 'text'",
+                        todo="leave out records with images, sound and files")  # fmt: skip
+    return "".join(_text(part, "text", where) for part in parts)
 
 
 def _turns(turns: Any, field: str, where: str) -> list[dict[str, Any]]:

@@ -189,10 +189,14 @@ def test_a_beginning_token_of_the_tokenizer_stands_before_documents_once(stage: 
 
 FORMS = {
     "messages": ({"messages": "m"}, lambda q, a: {"m": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}),
+    "content in parts": ({"messages": "m"}, lambda q, a: {"m": [
+        {"role": "user", "content": [{"type": "text", "text": q[:5]}, {"type": "text", "text": q[5:]}]},
+        {"role": "assistant", "content": [{"type": "text", "text": a}]}]}),
     "prompt": ({"prompt": "p", "completion": "c"}, lambda q, a: {"p": q, "c": a}),
     "prompt messages": ({"prompt": "p", "completion": "c"}, lambda q, a: {
         "p": [{"role": "user", "content": q}], "c": [{"role": "assistant", "content": a}]}),
     "alpaca": ({"instruction": "i", "input": "n", "output": "o"}, lambda q, a: {"i": q, "n": "", "o": a}),
+    "alpaca without input": ({"instruction": "i", "input": "n", "output": "o"}, lambda q, a: {"i": q, "o": a}),
     "alpaca with input": ({"instruction": "i", "input": "n", "output": "o"}, lambda q, a: {
         "i": q.split("\n\n")[0], "n": q.split("\n\n")[1], "o": a}),
     "sharegpt": ({"conversations": "c"}, lambda q, a: {"c": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}),

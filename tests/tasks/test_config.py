@@ -26,6 +26,7 @@ BAD = {
     "both budgets": ("epochs: 1", "epochs: 1\n  tokens: 100", ["exactly one of 'tokens' and 'epochs'", "key sft"]),
     "batch no multiple": ("batch_tokens: 512\nsft", "batch_tokens: 500\nsft", ["448 and 512", "cpt.batch_tokens"]),
     "less than a step": ("tokens: 4096", "tokens: 500", ["cpt.tokens is 500", "512 of one step", "run.yaml:11"]),
+    "min_chars of chats": ("prompt: prompt", "min_chars: 9, prompt: prompt", ["is for documents", "sources.chats.min_chars"]),
     "files and hf": ("prompt: prompt", "hf: {id: a/b}, prompt: prompt", ["exactly one of 'files' and 'hf'", "chats"]),
     "no kind of record": (", prompt: prompt, completion: completion", "", ["exactly one kind of record", "sources.chats"]),
     "half a pair": (", completion: completion", "", ["'prompt' needs 'completion'"]),
