@@ -38,6 +38,7 @@ TWO = pytest.param("two", marks=pytest.mark.skipif(torch.cuda.device_count() < 2
 MIB_LEFT = 50  # that others may have taken meanwhile
 SECONDS_UNTIL_FREE = 5.0
 GUARD_SECONDS = 30.0  # the guard's grace, and its SIGKILL
+TORCHRUN_SECONDS = 30.0  # that it waits between SIGTERM and SIGKILL, for ranks that wait for a dead one
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def test_a_killed_trainer_frees_its_gpus_and_the_next_run_resumes(
     assert cards_in_use(before) == num_gpus(tag) == len(ranks)
     began = time.monotonic()
     os.kill(moment.choice(ranks), signal.SIGKILL)
-    wait_for(lambda: not training_processes(house), GUARD_SECONDS)
+    wait_for(lambda: not training_processes(house), TORCHRUN_SECONDS + 10)
     wait_for(lambda: house.has_ended(run_id) and not house.of_a_run(), 60)
     assert house.state(run_id) == "Failed" and "the end of" in house.message(run_id)
     assert_free(house, before, began)
