@@ -22,7 +22,7 @@ def require_server() -> None:
         with get_client(sync_client=True) as client:
             client.request("POST", "/work_pools/filter", json={"limit": 1}).json()
     except httpx.HTTPStatusError as error:
-        raise _refused(url, HTTPStatus(error.response.status_code)) from None
+        raise _refused(url, error.response) from None
     except ValueError:  # a page, for people
         raise _no_api(url, "with something else than a Prefect server's API does") from None
     except (httpx.RequestError, httpx.InvalidURL) as error:
@@ -31,14 +31,15 @@ def require_server() -> None:
                         "`make pipeline` needs none, and `make serve` starts one") from None  # fmt: skip
 
 
-def _refused(url: str, status: HTTPStatus) -> UserError:
-    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+def _refused(url: str, answer: httpx.Response) -> UserError:
+    said = f"{answer.status_code} {answer.reason_phrase}"
+    if answer.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         return UserError(
-            f"the server at {url} does not know us: {status.value} {status.phrase}",
+            f"the server at {url} does not know us: {said}",
             where="PREFECT_API_URL",
             todo="set PREFECT_API_AUTH_STRING=user:password, or PREFECT_API_KEY where the server wants a key",
         )
-    return _no_api(url, f"{status.value} {status.phrase}")
+    return _no_api(url, said)
 
 
 def _no_api(url: str, said: str) -> UserError:
