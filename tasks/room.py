@@ -28,8 +28,9 @@ def check_disk(directory: Path, num_parameters: int, precision: str, keep_last: 
     Checkpoints that stand are counted as room; not what is damaged among them, which stays until the stage is done.
     """
     needed = stage_bytes(num_parameters, precision, keep_last)
-    checkpoints = [folder for folder in (directory / FOLDER).glob("*") if not folder.name.startswith(DAMAGED)]
-    present = sum(file.stat().st_size for folder in checkpoints for file in folder.rglob("*") if file.is_file())
+    checkpoints = directory / FOLDER
+    sound = [file for file in checkpoints.rglob("*") if not file.relative_to(checkpoints).parts[0].startswith(DAMAGED)]
+    present = sum(file.stat().st_size for file in sound if file.is_file())
     free = free_bytes(directory)
     if free + present < needed:
         raise UserError(

@@ -25,6 +25,7 @@ def shrink(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     config["cpt"] |= {"tokens": 3000, "batch_tokens": 512}
     config["sft"] |= {"epochs": 1, "batch_tokens": 512}
     config["evaluate"] |= {"domain": ["tiny_bpb"], "general": [], "include_path": str(folder / "lm_eval")}
+    del config["gate"]["max_general_drop"]  # of the hub's general tasks, of which none is left
     return config | {"runs_dir": str(folder / "runs"), "hardware": "cpu"}
 
 

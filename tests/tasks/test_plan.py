@@ -41,7 +41,7 @@ def pretend(planned: Planned, content: str = "") -> None:
     output = directory / PRIMARY_OUTPUT[order.kind].replace("model/", "model/weights")
     output.parent.mkdir(exist_ok=True)
     output.write_text(f"{order.stage} {order.key} {content}")
-    finish(directory, [str(output.relative_to(directory))], {}, 0.0)
+    finish(directory, [str(output.relative_to(directory))], {"rows": 64, "tokens": 4096}, 0.0)
 
 
 @pytest.fixture
