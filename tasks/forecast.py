@@ -94,7 +94,9 @@ def _stage_lines(planned: Planned) -> list[str]:
     choice, how = planned.choice, planned.order.how
     assert choice is not None
     num_steps, again = _num_steps(planned), "stands; again on " if planned.reused else ""
-    head = f"{planned.stage:<7}{again}{how['tag']}: {choice.say()}" + (f"; {_steps(num_steps)}" if num_steps else "")
+    head = f"{planned.stage:<7}{again}{how['tag']}: {choice.say()}" + (
+        f"; {_say_steps(planned, num_steps)}" if num_steps else ""
+    )
     few = [f"{INDENT}so few steps hardly train: lower batch_tokens, or raise the budget"]
     few = few if num_steps and num_steps < FEW_STEPS else []
     if choice.parts is None:
@@ -135,22 +137,26 @@ def _mfu(hardware: Hardware, flops_per_token: float, tokens_per_second: float) -
 
 def _tokens(planned: Planned) -> int | None:
     """Of the prepared rows where they stand, else the budget; a budget in epochs says nothing before."""
-    rows = Path(planned.order.inputs["rows"])
-    if (rows / ARTIFACT).is_file():
-        return int(read_artifact(rows)["counts"]["tokens"])
+    if _rows_stand(planned):
+        return int(read_artifact(Path(planned.order.inputs["rows"]))["counts"]["tokens"])
     return planned.budget_tokens
 
 
 def _num_steps(planned: Planned) -> int | None:
     """As the trainer counts them where the rows stand, else at least; a budget in epochs says nothing before."""
     rows, batch_tokens = Path(planned.order.inputs["rows"]), planned.order.what["batch_tokens"]
-    if (rows / ARTIFACT).is_file():
+    if _rows_stand(planned):
         return -(-int(read_artifact(rows)["counts"]["rows"]) * planned.order.what["seq_len"] // batch_tokens)
     return -(-planned.budget_tokens // batch_tokens) if planned.budget_tokens else None
 
 
-def _steps(number: int) -> str:
-    return f"{number:,} step{'s' if number > 1 else ''}"
+def _say_steps(planned: Planned, number: int | None) -> str:
+    least = "" if _rows_stand(planned) else "at least "  # packing leaves a little of a row empty
+    return f"; {least}{number:,} step{'s' if number > 1 else ''}" if number else ""
+
+
+def _rows_stand(planned: Planned) -> bool:
+    return (Path(planned.order.inputs["rows"]) / ARTIFACT).is_file()
 
 
 def _disk(planned: Planned) -> str:
