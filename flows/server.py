@@ -8,29 +8,30 @@ rule on origins holds it back: it could start runs, and change the command that 
 
 from __future__ import annotations
 
-import functools
 import sys
 from typing import Any
 
-from fastapi import FastAPI
+import uvicorn
 from prefect.cli import app as prefect
-from prefect.server.api import server
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from flows.files import LOOPBACK
 
 
 def main() -> None:
-    """Prefect's own command, with our guard around the application that it serves."""
-    create_app = server.create_app
+    """Prefect's own command, with our guard around the application that it serves.
 
-    @functools.wraps(create_app)
-    def create_guarded_app(*arguments: Any, **options: Any) -> FastAPI:
-        app = create_app(*arguments, **options)
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK), www_redirect=False)
-        return app
+    Around what uvicorn is given, not within `create_app`: the server's automations call the same application in memory,
+    by a name of their own.
+    """
+    run = uvicorn.run
 
-    server.create_app = create_guarded_app
+    def run_guarded(app: Any, *arguments: Any, **options: Any) -> None:
+        assert not isinstance(app, str), "several server processes would each import the application without the guard"
+        guarded = TrustedHostMiddleware(app, allowed_hosts=list(LOOPBACK), www_redirect=False)
+        run(guarded, *arguments, **options)
+
+    uvicorn.run = run_guarded
     sys.argv = ["prefect", "--no-prompt", "server", *sys.argv[1:]]
     prefect()
 
