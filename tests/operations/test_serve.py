@@ -9,7 +9,7 @@ import shutil
 import socket
 import time
 import urllib.request
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psutil
@@ -55,6 +55,21 @@ def test_log_lines_arrive_within_two_seconds(served: Served) -> None:
         time.sleep(0.2)
     late = [delay for delay in seen.values() if delay > 2.0]
     assert len(seen) > 5 and not late, sorted(late)
+
+
+def test_the_servers_automations_act(served: Served) -> None:
+    """Those that end lost runs call the server in memory, by a name that the guard on `Host` knows nothing of."""
+    trigger = {"type": "event", "posture": "Reactive", "expect": ["prefect.flow-run.Scheduled"], "threshold": 1, "within": 0,
+               "match_related": {"prefect.resource.role": "tag", "prefect.resource.id": "prefect.tag.probe"}}  # fmt: skip
+    action = {"type": "change-flow-run-state", "state": "CANCELLED", "name": "Probed"}
+    served.api("/automations/", {"name": "probe", "trigger": trigger, "actions": [action]})
+    deployment = served.api("/deployments/name/pipeline/cpu")["id"]
+    later = {
+        "type": "SCHEDULED",
+        "state_details": {"scheduled_time": f"{datetime.now(UTC) + timedelta(days=1):%FT%TZ}"},
+    }
+    run = served.api(f"/deployments/{deployment}/create_flow_run", {"tags": ["probe"], "state": later})
+    wait_for(lambda: served.api(f"/flow_runs/{run['id']}")["state_name"] == "Probed", 60)
 
 
 def test_a_schedule_over_unchanged_data_reuses_everything_in_ten_seconds(served: Served, first_run: str) -> None:
