@@ -15,11 +15,10 @@ from typing import Any
 
 from tasks import hub
 from tasks.disk import writes_told
-from tasks.errors import UserError
 from tasks.gpus import booked
 from tasks.launch import run_worker
 from tasks.oom import OutOfMemory, describe, next_rows, refusal, say_rows, with_rows
-from tasks.plan import Planned, changed_inputs, output_digest, upstream, why_not_reused
+from tasks.plan import Planned, changed_inputs, not_computed, output_digest, upstream, why_not_reused
 from tasks.stage import ARTIFACT, Order, read_order, read_sound_order, set_aside, stage_lock, write_order
 
 Say = Callable[[str], None]
@@ -94,11 +93,7 @@ def _order(planned: Planned, say: Say, force: str) -> Path:
     runs, directory = planned.directory.parent, planned.directory
     digests = {name: output_digest(path) for name, path in upstream(planned.order, runs).items()}
     if missing := [name for name, digest in digests.items() if not digest]:
-        raise UserError(
-            f"{planned.stage} reads {', '.join(missing)}, which has not been computed",
-            where=str(runs),
-            todo=f"run the stages before it too: --until {planned.group}",
-        )
+        raise not_computed(planned, missing)
     if planned.unfit:
         raise planned.unfit
     _fetch_weights(planned.order, say)

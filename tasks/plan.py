@@ -146,11 +146,16 @@ def check_upstream(plan: dict[str, Planned], wanted: list[str]) -> None:
     for planned in (plan[name] for name in wanted if not plan[name].reused):
         read = upstream(planned.order, planned.directory.parent)
         if missing := [name for name, path in read.items() if name not in made and not output_digest(path)]:
-            raise UserError(
-                f"{planned.stage} reads {', '.join(missing)}, which has not been computed",
-                where=str(planned.directory.parent),
-                todo=f"run the stages before it too: --until {planned.group}",
-            )
+            raise not_computed(planned, missing)
+
+
+def not_computed(planned: Planned, missing: list[str]) -> UserError:
+    """That a stage reads what does not stand."""
+    return UserError(
+        f"{planned.stage} reads {', '.join(missing)}, which has not been computed",
+        where=str(planned.directory.parent),
+        todo=f"run the stages before it too: --until {planned.group}",
+    )
 
 
 def render(plan: dict[str, Planned]) -> str:
