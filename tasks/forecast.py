@@ -94,9 +94,7 @@ def _stage_lines(planned: Planned) -> list[str]:
     choice, how = planned.choice, planned.order.how
     assert choice is not None
     num_steps, again = _num_steps(planned), "stands; again on " if planned.reused else ""
-    head = f"{planned.stage:<7}{again}{how['tag']}: {choice.say()}" + (
-        f"; {_say_steps(planned, num_steps)}" if num_steps else ""
-    )
+    head = f"{planned.stage:<7}{again}{how['tag']}: {choice.say()}{_say_steps(planned, num_steps)}"
     few = [f"{INDENT}so few steps hardly train: lower batch_tokens, or raise the budget"]
     few = few if num_steps and num_steps < FEW_STEPS else []
     if choice.parts is None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tasks.allowed import allowed_words, meant, shown
 from tasks.errors import UserError
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
@@ -20,6 +21,7 @@ SectionT = TypeVar("SectionT", bound=BaseModel)
 SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 MAX_VALUES = 100_000  # in one file
+MAX_DEPTH = 50  # lists and mappings within each other; libyaml's composer ends the process at some ten thousand
 
 
 class Misplaced(ValueError):
@@ -50,21 +52,41 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def read_yaml(path: Path) -> yaml.MappingNode:
     """The file as PyYAML's nodes: a finite mapping without a key that stands twice. Raises `UserError`."""
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=SafeLoader)
+        text = path.read_text(encoding="utf-8")
+        _check_depth(text, path)
+        root = yaml.compose(text, Loader=SafeLoader)
     except FileNotFoundError:
         known = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise UserError(f"no such file: {path}{nearest(str(path), known)}", allowed=", ".join(known)) from None
     except OSError as error:  # a folder, or a file that we may not read
         raise UserError(f"{path} cannot be read: {error.strerror}", allowed="a YAML file") from None
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise UserError(f"not readable as YAML: {error.problem}", where=f"{path}:{line}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = error.problem_mark.line if error.problem_mark else 0
+        tab = "\t" in ([*text.splitlines(), ""][line] if error.problem_mark else "")
+        raise UserError(f"not readable as YAML: {error.problem}", where=f"{path}:{line + 1}",
+                        todo="indent with spaces: the line holds a tab" if tab else "") from None  # fmt: skip
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"the file is not UTF-8 (byte {error.object[error.start]:#x})",
+            where=f"{path}:{line}",
+            todo="save it as UTF-8",
+        ) from None
+    except yaml.YAMLError as error:
         raise UserError(f"not readable as YAML: {error}", where=str(path)) from None
     if not isinstance(root, yaml.MappingNode):
         raise UserError("the file holds no `key: value` mapping", where=str(path))
     _check_node(root, path, {})
     return root
+
+
+def _check_depth(text: str, path: Path) -> None:
+    depth = 0
+    for event in yaml.parse(text, Loader=SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise UserError(f"more than {MAX_DEPTH} lists or mappings stand within each other",
+                            where=_at(path, event))  # fmt: skip
 
 
 def _check_node(node: yaml.Node, path: Path, sizes: dict[int, int]) -> int:
@@ -102,17 +124,35 @@ def validate(schema: type[SectionT], node: yaml.Node, path: Path, prefix: tuple[
     try:
         return schema.model_validate(constructor.construct_document(node))
     except ValidationError as error:
+        errors = [dict(one) | {"loc": _location(node, dict(one)), "raw": one["loc"]} for one in error.errors()]
         # A misspelt key also makes a required one go missing: name the misspelling first.
-        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        others = error.error_count() - 1
-        raise _explain(schema, node, path, prefix, dict(first), others) from None
+        first = min(errors, key=lambda e: e["type"] != "extra_forbidden")
+        others = len({one["loc"] for one in errors}) - 1
+        raise _explain(schema, node, path, prefix, first, others) from None
+
+
+def _location(root: yaml.Node, error: dict[str, Any]) -> tuple[Any, ...]:
+    """Where the value stands in the file: pydantic also names the type that it tried, and what is not there."""
+    held: list[str | int] = []
+    for part in error["loc"]:
+        if not _holds(_find(root, tuple(held)), part):
+            break
+        held.append(part)
+    if error["type"] == "missing" and isinstance(error["loc"][-1], str):
+        held.append(error["loc"][-1])
+    return *held, *getattr(error.get("ctx", {}).get("error"), "location", ())
+
+
+def _holds(node: yaml.Node, part: str | int) -> bool:
+    if isinstance(node, yaml.MappingNode):
+        return part in [key.value for key, _ in node.value]
+    return isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value)
 
 
 def _explain(
     schema: type[BaseModel], root: yaml.Node, path: Path, prefix: tuple[str, ...], error: dict[str, Any], others: int
 ) -> UserError:
-    location = tuple(part for part in error["loc"] if not str(part).startswith(("list[", "function-", "constrained")))
-    location += getattr(error.get("ctx", {}).get("error"), "location", ())
+    location = error["loc"]
     node, known = _find(root, location), _known_keys(schema, location[:-1])
     key = ".".join(map(str, (*prefix, *location))) or "(the whole file)"
     more = f" ({others} more after this one)" if others else ""
@@ -120,11 +160,13 @@ def _explain(
     if error["type"] == "extra_forbidden":
         return UserError(f"unknown key '{location[-1]}'{nearest(str(location[-1]), known)}", where=where,
                          allowed=", ".join(known), todo="correct or remove the key")  # fmt: skip
-    if error["type"] == "missing":
-        return UserError(f"the key '{location[-1]}' is missing", where=where, todo=f"add `{location[-1]}:`")
+    last = location[-1] if location else key
+    if error["type"] == "missing" and last == error["raw"][-1]:
+        return UserError(f"the key '{last}' is missing", where=where, todo=f"add `{last}:`")
     if error["type"] == "value_error":  # one of our own checks: it says everything
         return UserError(str(error["msg"]).removeprefix("Value error, "), where=where)
-    return UserError(f"{key.split('.')[-1]} is {error['input']!r}", where=where, allowed=_lower_first(error["msg"]))
+    what = f"'{last}' is no name" if error["raw"][-1:] == ("[key]",) else f"{last} is {shown(error['input'])}"
+    return UserError(what, where=where, allowed=allowed_words(error), todo=meant(error))
 
 
 def _find(node: yaml.Node, location: tuple[Any, ...]) -> yaml.Node:
@@ -158,9 +200,5 @@ def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _at(path: Path, node: yaml.Node) -> str:
-    return f"{path}:{node.start_mark.line + 1}"
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]
+def _at(path: Path, node: yaml.Node | yaml.Event) -> str:
+    return f"{path}:{node.start_mark.line + 1}" if node.start_mark else str(path)

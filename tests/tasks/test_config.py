@@ -40,6 +40,23 @@ BAD = {
     "a mapping within itself": ("{laws: 1.0}", "&x {laws: *x}", ["contains itself", "run.yaml:12"]),
     "aliases of aliases": ("name: tiny", ALIASES, ["more than 100,000 values", "run.yaml:6"]),
     "a list as a key": ("name: tiny", "? [name]\n: tiny", ["a key is a list or a mapping", "run.yaml:1"]),
+    "thousands": ("tokens: 4096", "tokens: 4k", ["tokens is '4k'", "write 4_000"]),
+    "an exponent": ("tokens: 4096", "tokens: 4.1e3", ["an integer", "write 4_100"]),
+    "half a token": ("tokens: 4096", "tokens: 4096.5", ["4096.5", "an integer"]),
+    "comma of thousands": ("tokens: 4096", "tokens: 4,096", ["write 4_096"]),
+    "per cent": ("general: 0.25", "general: 25 %", ["general is '25 %'", "a fraction", "write 0.25"]),
+    "comma of decimals": ("1.0e-3\n  batch_tokens: 512\nsft", "0,001\n  batch_tokens: 512\nsft", ["is '0,001'", "write 0.001"]),
+    "nothing": ("seed: 0", "seed:", ["seed is empty", "an integer", "run.yaml:3"]),
+    "no flag": ("seq_len: 64", "seq_len: 64, hub: maybe", ["hub is 'maybe'", "true or false"]),
+    "no name": ("name: tiny", "name: my run", ["name is 'my run'", "letters, digits", "run.yaml:1"]),
+    "no name of a source": ("  laws: ", "  my laws: ", ["'my laws' is no name", "letters, digits"]),
+    "no choice": ("epochs: 1", "epochs: 1\n  overflow: cut", ["overflow is 'cut'", "'error', 'drop' or 'truncate'"]),
+    "list for a mapping": ("{laws: 1.0}", "[laws]", ["mix is ['laws']", "`key: value` lines"]),
+    "text for a list": ("epochs: 1", "epochs: 1\n  adam_betas: 0.9", ["adam_betas is 0.9", "a list, as [a, b]"]),
+    "short list": ("epochs: 1", "epochs: 1\n  adam_betas: [0.9]", ["adam_betas is [0.9]", "one value more", "sft.adam_betas"]),
+    "mapping for files": ("laws:    {files: ", "laws:    {files: {a: 1}, text: text}  # ", ["files is {'a': 1}", "sources.laws.files"]),
+    "tab": ("  tokens: 4096", "\ttokens: 4096", ["run.yaml:11", "indent with spaces"]),
+    "deep": ("name: tiny", "name: " + "[" * 100_000, ["more than 50 lists or mappings", "run.yaml:1"]),
     "missing key": ("model: ", "#model: ", ["the key 'model' is missing"]),
 }  # fmt: skip
 
@@ -53,6 +70,13 @@ def test_a_bad_config_is_refused_with_place_and_remedy(project: Path, case: str)
     message = str(caught.value)
     assert [text for text in said if text not in message] == [], message
     assert len(message.splitlines()) <= 8  # one screen
+
+
+def test_a_config_in_another_encoding_is_told_with_its_line(project: Path) -> None:
+    config = project / "run.yaml"
+    config.write_bytes(config.read_text().replace("\ncpt:", "\n# Zürich\ncpt:").encode("latin-1"))
+    with pytest.raises(UserError, match=r"not UTF-8 \(byte 0xfc\)(.|\n)*run.yaml:10(.|\n)*save it as UTF-8"):
+        load_config(config)
 
 
 def test_a_gate_without_an_evaluation_is_refused(project: Path) -> None:
