@@ -142,7 +142,7 @@ def _deploy_command(workers_are_ours: bool) -> list[str]:
 
 def _worker(pool: str, logs: Path) -> Service:
     name = f"{socket.gethostname()}-{pool}"
-    command = [*PREFECT, "worker", "start", "--pool", pool, "--type", "process", "--name", name]
+    command = [sys.executable, "-m", "flows.worker", "start", "--pool", pool, "--type", "process", "--name", name]
     environment = {"PREFECT_WORKER_QUERY_SECONDS": "2", "PREFECT_LOGGING_LEVEL": "INFO"}
     return Service(f"the worker of {pool}", command, logs / f"worker-{pool}.log", environment)
 

@@ -22,6 +22,7 @@ from tests.faults.table import Table
 from tests.operations.conftest import wait_for
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
+SECONDS_AWAY = 60.0
 ENDINGS = [signal.SIGTERM, signal.SIGINT, signal.SIGKILL]
 
 
@@ -159,6 +160,33 @@ def test_a_service_dies(house: House, table: Table, moment: random.Random, which
     else:
         assert_resumed_and_same(house, directory, name)
     fault.survived = True
+
+
+def test_a_run_can_be_cancelled_once_its_server_is_back(house: House, table: Table, moment: random.Random) -> None:
+    """Away for longer than Prefect's own worker would go on watching for cancellations."""
+    fault = table.tried("server away for a minute, then cancel: seconds until it is gone", "training")
+    run_id, directory = house.begin("deaf", 27, moment)
+    training = {pid for pid, line in house.of_a_run().items() if "-m tasks.training" in line and "guard" not in line}
+    stop(training, signal.SIGSTOP)  # it is over too soon else
+    back_at = time.monotonic() + SECONDS_AWAY
+    while time.monotonic() < back_at:
+        with contextlib.suppress(AssertionError):  # it is not there, as it should be
+            house.kill(lambda line: "server start" in line and "guard" not in line)
+        time.sleep(0.2)
+    wait_for(house.served.answers, 180)
+    time.sleep(5)  # a worker asks anew every second
+    stop(training, signal.SIGCONT)
+    began = time.monotonic()
+    house.cancel(run_id)
+    wait_for(lambda: not house.of_a_run(), 60)
+    took = time.monotonic() - began
+    assert not (directory / ARTIFACT).is_file(), "nothing was left to cancel"
+    wait_for(lambda: house.has_ended(run_id), 60)
+    print(f"cancelled after its server was away: gone after {took:.1f} s, shown as {house.state(run_id)}")
+    assert house.state(run_id) == "Cancelled" and took <= SECONDS_TO_CANCEL
+    house.complete("deaf")
+    assert_resumed_and_same(house, directory, "deaf")
+    fault.seconds_lost, fault.survived = round(took, 1), True
 
 
 def test_the_machine_restarts(house: House, table: Table, moment: random.Random) -> None:

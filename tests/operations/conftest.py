@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -47,6 +48,14 @@ class Served:
             time.sleep(0.5)
         assert answer.is_success, f"{path}: {answer.status_code} {answer.text}"
         return answer.json() if answer.content else None
+
+    def answers(self) -> bool:
+        """Whether the server is there."""
+        import httpx
+
+        with contextlib.suppress(httpx.TransportError):
+            return bool(httpx.get(f"{self.url}/api/health", timeout=5).is_success)
+        return False
 
     def start_run(self, deployment: str = "pipeline/cpu", **parameters: Any) -> str:
         """Start a run of a deployment; its id."""

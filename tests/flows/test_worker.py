@@ -1,0 +1,73 @@
+"""A worker outlasts its server: neither its polls nor its watch for cancelled runs give up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import anyio
+import httpx
+import pytest
+from prefect.utilities.services import critical_service_loop
+
+from flows import worker
+
+POLLS_IN_VAIN = 40
+
+
+class Done(Exception):
+    """The end of a loop that has none."""
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    taken: list[float] = []
+
+    async def nap(seconds: float) -> None:
+        taken.append(seconds)
+
+    monkeypatch.setattr(anyio, "sleep", nap)
+    yield taken
+
+
+def server_away(error: Exception) -> tuple[list[int], object]:
+    """A poll that fails so many times, then is answered, then ends the loop."""
+    polls: list[int] = []
+
+    async def poll() -> None:
+        polls.append(1)
+        if len(polls) <= POLLS_IN_VAIN:
+            raise error
+        if len(polls) > POLLS_IN_VAIN + 1:
+            raise Done
+
+    return polls, poll
+
+
+REQUEST = httpx.Request("POST", "http://127.0.0.1:4200/api")
+AWAY = {
+    "refused": httpx.ConnectError("refused", request=REQUEST),
+    "its database is away": httpx.HTTPStatusError("500", request=REQUEST, response=httpx.Response(500)),
+}
+
+
+@pytest.mark.parametrize("backoff", [1, 4])  # of a run's watch for cancellations, and of the worker's polls
+@pytest.mark.parametrize("kind", AWAY)
+def test_polls_go_on_until_the_server_is_back(naps: list[float], kind: str, backoff: int) -> None:
+    polls, poll = server_away(AWAY[kind])
+    with pytest.raises(Done):
+        anyio.run(lambda: worker.unending_loop(poll, 10, jitter_range=0.3, backoff=backoff))
+    assert len(polls) == POLLS_IN_VAIN + 2
+    assert max(naps) < 10 * 2**backoff  # the pauses begin anew: it notices soon that the server is back
+
+    polls, poll = server_away(AWAY[kind])
+    with pytest.raises(RuntimeError, match=worker.GAVE_UP):  # else we need not mend it
+        anyio.run(lambda: critical_service_loop(poll, 10, backoff=backoff, printer=worker._say_nothing))
+    assert len(polls) == 3 * backoff
+
+
+def test_what_the_server_refuses_ends_the_loop(naps: list[float]) -> None:
+    refused = httpx.HTTPStatusError("401", request=REQUEST, response=httpx.Response(401))
+    polls, poll = server_away(refused)
+    with pytest.raises(httpx.HTTPStatusError):
+        anyio.run(lambda: worker.unending_loop(poll, 10))
+    assert len(polls) == 1
