@@ -8,7 +8,7 @@ VENV     := .venv
 RUN      := $(VENV)/bin/python
 STAMP    := $(VENV)/.installed
 OPERATIONS := $(VENV)/.operations
-PIPELINE := $(RUN) -m flows.pipeline --config $(CONFIG) $(if $(HARDWARE),--hardware $(HARDWARE))
+PIPELINE := $(RUN) -m flows.pipeline --config "$(CONFIG)" $(if $(HARDWARE),--hardware $(HARDWARE))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup pipeline plan prepare cpt sft evaluate report serve deploy audit test test-slow
@@ -26,8 +26,11 @@ plan: $(STAMP) ## print what `make pipeline` would run, why, and what it takes
 prepare cpt sft evaluate report: $(STAMP) ## run one stage, from what stands before it
 	@$(PIPELINE) --only $@
 
+# What make itself was told, `make serve HOST=...`: shells and conda export a HOST that must not open the server to others.
+said = $(if $(filter command line,$(origin $(1))),--$(2) "$($(1))")
+
 serve: $(STAMP) ## scheduled runs on this machine: server, deployments, workers (PORT=4200 HOST=127.0.0.1)
-	@exec $(RUN) -m flows.serve $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(if $(DATABASE),--database $(DATABASE))
+	@exec $(RUN) -m flows.serve $(call said,HOST,host) $(call said,PORT,port) $(call said,DATABASE,database)
 
 deploy: $(STAMP) ## register the deployments with the server at PREFECT_API_URL
 	@$(RUN) -m flows.deploy
@@ -47,7 +50,7 @@ test-operations: $(OPERATIONS) ## a real server, worker, schedule and browser; s
 
 test-faults: $(STAMP) ## signals, full disks and damage at random moments (STEEP_FAULT_SEED=... replays); prints the table
 	@rm -f tests/faults/faults.json
-	@STEEP_FAULT_TABLE=$(CURDIR)/tests/faults/faults.json $(RUN) -m pytest -m faults tests/faults; \
+	@STEEP_FAULT_TABLE="$(CURDIR)/tests/faults/faults.json" $(RUN) -m pytest -m faults tests/faults; \
 	  code=$$?; $(RUN) -m tests.faults.table tests/faults/faults.json; exit $$code
 
 check: $(STAMP) ## lint, format, types, spelling
@@ -75,12 +78,13 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "steep needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@$(RUN) -c 'import flows' && PREFECT_HOME=$(CURDIR)/.prefect $(RUN) -m prefect server database upgrade -y >/dev/null
+	@$(RUN) -c 'import flows' && env -u PREFECT_API_DATABASE_CONNECTION_URL PREFECT_HOME="$(CURDIR)/.prefect" \
+	  $(RUN) -m prefect server database upgrade -y >/dev/null
 	@touch $@
 
 $(OPERATIONS): $(STAMP)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,operations]'
 	@touch $@
 
-clean: ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) .prefect .pytest_cache .ruff_cache .mypy_cache *.egg-info
+clean: ## remove .venv and caches; runs/ stays, and .prefect/ with the server's database
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -184,6 +184,11 @@ def _page(url: str, files_url: str, database: str, started: list[str], logs: Pat
         + (f"; none here for {', '.join(idle)}" if idle else ""),
         f"  start a run  {url}/deployments, or: PREFECT_API_URL={url}/api prefect deployment run pipeline/cpu",
         f"  reports      {files_url}",
+        *(
+            ["  open to      every user of this machine, until PREFECT_SERVER_API_AUTH_STRING=user:password is set"]
+            if "PREFECT_SERVER_API_AUTH_STRING" not in os.environ
+            else []
+        ),
         f"  logs         {logs}",
         "Ctrl-C ends all of it.",
     ]
