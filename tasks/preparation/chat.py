@@ -1,8 +1,8 @@
 """Chats: render with the chat template, find what the assistant says, turn both into token ids and a mask.
 
 Trained on: what stands in `{% generation %}` blocks, or, when the template has none, each assistant turn's content,
-found by rendering it once more between two private-use characters. Either way the token that ends the turn belongs to
-it.
+found by rendering it once more between private-use characters: its thought, where the template leaves it in, and its
+answer. Either way the token that ends the turn belongs to it.
 
 A text that spells a control token (`<|im_end|>` in a user's question) must stay text. Only for such chats, content is
 rendered with those spellings replaced by private-use characters; then control tokens are what the template wrote, and
@@ -23,12 +23,17 @@ from tasks.errors import UserError
 from tasks.preparation.records import Message
 
 Spans = list[tuple[int, int]]  # of characters
+Marks = tuple[str, str, str]  # of a turn: before its thought, before its answer (or all it says), behind that
 
 PRIVATE_FIRST, PRIVATE_LAST = 0xF0000, 0xFFFFD  # plane 15: assigned to nobody
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE: list[Message] = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
 # Templates may ask for today's date; a stage's output must not depend on it. (Llama 3's own fallback date.)
 FIXED_DATE = datetime(2024, 7, 26)
+THOUGHT_BEGINS, THOUGHT_ENDS = "<think>", "</think>"
+# Ways to mark turns (thought and answer apart, blanks that stay outside of the marks); the first that leaves the text
+# as it is counts. A template that trims drops blanks only where no mark keeps them; one that cuts thoughts, their mark.
+MARKINGS: list[tuple[bool, str | None]] = [(False, ""), (False, None), (True, "\n"), (True, None)]
 
 
 class ChatEncoder:
@@ -100,28 +105,27 @@ class ChatEncoder:
         return np.concatenate(ids), np.concatenate(starts)
 
     def _spans_by_marking(self, chat: list[Message], text: str, where: str) -> Spans:
-        for within_blanks in (False, True):  # a template that trims answers drops blanks only where no mark keeps them
-            if spans := self._marked_spans(chat, text, where, within_blanks):
+        for apart, blanks in MARKINGS:
+            if spans := self._marked_spans(chat, text, where, apart, blanks):
                 return spans
         raise UserError("cannot tell what the assistant says: the chat template changes its turns", where=where,
                         allowed="a template with {% generation %} ... {% endgeneration %} around them",
                         todo="set `model.chat_template` to such a file, like configs/chat_template.jinja")  # fmt: skip
 
-    def _marked_spans(self, chat: list[Message], text: str, where: str, within_blanks: bool) -> Spans:
-        """The spans by one more rendering; empty when the marks changed the text."""
-        open_, close = _unused_private(text, 2)
-        marked_chat = [_mark(message, open_, close, within_blanks) for message in chat]
-        marked, _ = self._render(marked_chat, where)
-        spans: Spans = []
-        unmarked = ""
-        for piece in re.split(f"([{open_}{close}])", marked):
-            if piece == open_:
-                spans.append((len(unmarked), -1))
-            elif piece == close and spans:
-                spans[-1] = (spans[-1][0], len(unmarked))
-            else:
-                unmarked += piece
-        return spans if unmarked == text and all(start <= end for start, end in spans) else []
+    def _marked_spans(self, chat: list[Message], text: str, where: str, apart: bool, blanks: str | None) -> Spans:
+        """The spans by one more rendering; empty when the marks changed the text, or came out in another order."""
+        private = iter(_unused_private(text + _all_text(chat), 3 * len(chat)))
+        # Each turn has its own: a span from one turn's beginning to another's end would hold what the user says.
+        marks = [(next(private), next(private), next(private)) for _ in chat]
+        marked, _ = self._render([_mark(*pair, apart, blanks) for pair in zip(chat, marks, strict=True)], where)
+        unmarked, at = _take_marks(marked, {mark for turn in marks for mark in turn})
+        # Every turn is looked for, but of one with calls some templates write the calls only.
+        turns = [turn for turn, message in zip(marks, chat, strict=True)
+                 if message["role"] == "assistant" and (at.keys() & turn or not message.get("tool_calls"))]  # fmt: skip
+        expected = [mark for thought, *answer in turns for mark in ([thought] if thought in at else []) + answer]
+        if unmarked != text or list(at) != expected:
+            return []
+        return [_with_first_tag(text, at.get(thought, at[open_]), at[close]) for thought, open_, close in turns]
 
     def _with_end_of_turn(self, text: str, start: int, end: int) -> int:
         """Where the turn ends when the token that ends it is counted in."""
@@ -154,13 +158,45 @@ def _inside(starts: np.ndarray, spans: Spans) -> np.ndarray:
     return inside
 
 
-def _mark(message: Message, open_: str, close: str, within_blanks: bool) -> Message:
+def _mark(message: Message, marks: Marks, apart: bool, blanks: str | None) -> Message:
     if message["role"] != "assistant":
         return message
-    content = message["content"]
-    core = content.strip() if within_blanks else content
-    head, tail = content.split(core, 1) if core else (content, "")
-    return {**message, "content": f"{head}{open_}{core}{close}{tail}"}
+    thought, open_, close = marks
+    marked = dict(message)
+    parts = message["content"].split(THOUGHT_ENDS) if apart else [message["content"]]
+    if len(parts) > 1:
+        head, begins, inner = parts[0].rpartition(THOUGHT_BEGINS)
+        parts[0] = head + begins + _before_words(inner, thought)
+    elif isinstance(message.get("reasoning_content"), str):
+        marked["reasoning_content"] = _before_words(message["reasoning_content"], thought)
+    core = parts[-1].strip(blanks)
+    head, tail = parts[-1].split(core, 1) if core else (parts[-1], "")
+    parts[-1] = f"{head}{open_}{core}{close}{tail}"
+    return {**marked, "content": THOUGHT_ENDS.join(parts)}
+
+
+def _before_words(text: str, mark: str) -> str:
+    """A mark behind leading blanks; none in a text without words: the template's empty thought is not the model's."""
+    return re.sub(r"(?=\S)", mark, text, count=1)
+
+
+def _take_marks(marked: str, marks: set[str]) -> tuple[str, dict[str, int]]:
+    """The text without marks, and where each stood; one that stands there again stays in the text."""
+    unmarked, at = "", {}
+    for piece in re.split(f"([{''.join(marks)}])", marked):
+        if piece in marks and piece not in at:
+            at[piece] = len(unmarked)
+        else:
+            unmarked += piece
+    return unmarked, at
+
+
+def _with_first_tag(text: str, start: int, end: int) -> tuple[int, int]:
+    """The span with the tag that opens its thought, which the template may have written."""
+    before = text[:start].rstrip()
+    if THOUGHT_ENDS in text[start:end] and before.endswith(THOUGHT_BEGINS):
+        return len(before) - len(THOUGHT_BEGINS), end
+    return start, end
 
 
 def _all_text(value: Any) -> str:

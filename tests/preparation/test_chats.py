@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from tasks.errors import EXIT_USER_ERROR
+from tasks.errors import EXIT_USER_ERROR, UserError
 from tasks.preparation.chat import ChatEncoder
 from tasks.stage import file_sha256
 from tests.preparation.conftest import EOS, Stage, make_chats, make_tokenizer, source, write_lines
@@ -34,6 +34,23 @@ THINKING = """{%- for message in messages -%}{%- set content = message.content -
 {{- '<|im_start|>assistant\n' -}}{%- if loop.last -%}{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}
 {{- content.lstrip('\n') + '<|im_end|>\n' -}}
 {%- else -%}{{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' -}}{%- endif -%}
+{%- endfor -%}"""
+# The same with what Qwen 3's does to thoughts: those behind the last question stay, in a form of the template's own.
+REASONING = """{%- set ns = namespace(last=0) -%}
+{%- for message in messages -%}{%- if message.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}
+{%- for message in messages -%}{%- set said = message.content -%}{%- set thought = '' -%}
+{{- '<|im_start|>' + message.role + '\n' -}}
+{%- if message.role == 'assistant' -%}
+{%- if message.reasoning_content is string -%}{%- set thought = message.reasoning_content -%}
+{%- elif '</think>' in said -%}
+{%- set thought = said.split('</think>')[0].split('<think>')[-1] -%}
+{%- set said = said.split('</think>')[-1].lstrip('\n') -%}
+{%- endif -%}
+{%- if loop.index0 > ns.last and (loop.last or thought.strip('\n')) -%}
+{{- '<think>\n' + thought.strip('\n') + '\n</think>\n\n' -}}{%- set said = said.lstrip('\n') -%}
+{%- endif -%}
+{%- endif -%}
+{{- said + '<|im_end|>\n' -}}
 {%- endfor -%}"""
 CHAT = [
     {"role": "system", "content": "You watch the bank."},
@@ -96,6 +113,63 @@ def test_trained_on_is_what_the_assistant_says_and_the_end_of_its_turn(
     assert f"{last}{end}" in text
     assert trained == f"The capital ratio.{end}{last}{end}"
     assert text.startswith(EOS) == (template == HEADERS)
+
+
+def thoughtful_chat(rng: np.random.Generator) -> tuple[list[dict[str, Any]], list[str]]:
+    """A chat of the kind that reasoning data holds, blanks and tags where people leave them, and what to train on."""
+    chat: list[dict[str, Any]] = []
+    trained = []
+    exchanges = int(rng.integers(1, 5))
+    for number in range(exchanges):
+        chat.append({"role": "user", "content": str(rng.choice(["SECRET", "SECRET <think>\n", "SECRET</think>\n\n"]))})
+        calls = int(rng.integers(0, 3))
+        for step in range(calls + 1):
+            last, live = step == calls and number == exchanges - 1, number == exchanges - 1
+            answer = f"A{number}.{step}"
+            blank, behind = (str(rng.choice(["", " ", "\n\n", " \n"])) for _ in "ab")
+            thought = [None, "", f"t{number} <b>\n\nso", f" t{number}\n"][int(rng.integers(4))]
+            forms = ["tags", "field", "no first tag"][: 3 if thought else 2]
+            form = str(rng.choice(forms)) if thought is not None else "none"
+            said = {"tags": f"<think>\n{thought}\n</think>{blank}", "no first tag": f"{thought}</think>{blank}"}
+            turn = {"role": "assistant", "content": said.get(form, blank) + answer + behind}
+            chat.append(turn | ({"reasoning_content": thought} if form == "field" else {}))
+            words = (thought or "").strip("\n") if live else ""
+            shown = blank.lstrip("\n") if form in said or words or last else blank
+            trained.append((f"<think>\n{words}\n</think>\n\n" if words else "") + f"{shown}{answer}{behind}<|im_end|>")
+            if step < calls:
+                chat.append({"role": "tool", "content": "SECRET result"})
+    return chat, trained
+
+
+def test_thoughts_that_a_template_cuts_never_open_what_the_user_says(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    encoder = ChatEncoder(REASONING, {}, tokenizer, tokenizer)
+    rng, cut, kept = np.random.default_rng(0), 0, 0
+    for _ in range(400):
+        chat, expected = thoughtful_chat(rng)
+        text, spans = encoder.render(chat, "here")
+        found = [text[start:end] for start, end in spans]
+        assert not any("SECRET" in piece for piece in found), (chat, found)
+        # Blanks before an answer may belong to what the template writes.
+        assert [piece.lstrip() for piece in found] == [piece.lstrip() for piece in expected], (chat, text)
+        kept += any("<think>" in piece for piece in found)
+        cut += "".join(turn["content"] for turn in chat).count("</think>") > text.count("</think>")
+    assert min(kept, cut) > 50, (kept, cut)  # both cases are met
+
+
+def test_a_span_from_one_turn_to_another_is_refused(tmp_path: Path) -> None:
+    """Of the last answer the template cuts the beginning, of others the end."""
+    make_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    cutting = ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% elif loop.last %}{{ m.content.split('A')[1] }}"
+               "{% else %}{{ m.content.split('Z')[0] }}{% endif %}{{ eos_token }}{% endfor %}")  # fmt: skip
+    encoder = ChatEncoder(cutting, {"eos_token": EOS}, tokenizer, tokenizer)
+    chat = [{"role": role, "content": said} for role, said in [
+        ("user", "Q"), ("assistant", "the A one Z of"), ("user", "SECRET"), ("assistant", "an A two Z of")]]  # fmt: skip
+    with pytest.raises(UserError, match="cannot tell what the assistant says"):
+        encoder.render(chat, "here")
 
 
 def test_ids_and_mask_are_those_of_transformers(stage: Stage, tmp_path: Path) -> None:
