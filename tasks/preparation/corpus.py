@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,23 @@ class Corpus:
     def where(self, number: int) -> str:
         """File and line of a document."""
         return f"{self.files[self.index['file'][number]]}:{self.index['line'][number]}"
+
+
+@dataclass
+class Found:
+    """What one source held."""
+
+    read: int = 0
+    kept: int = 0
+    with_input: int = 0
+    fields: list[str] = field(default_factory=list)  # of its first record
+
+    def add(self, encoded: Encoded) -> None:
+        """Count a block."""
+        self.read += len(encoded.status)
+        self.kept += int(np.count_nonzero(encoded.status == OK))
+        self.with_input += encoded.num_with_input
+        self.fields = self.fields or encoded.fields
 
 
 def read_corpus(plans: list[SourcePlan], settled: Settled, what: dict[str, Any], processes: int, work: Path) -> Corpus:
@@ -74,7 +91,7 @@ def _encode_and_spill(
     spill, progress = Spill(work), Progress("prepare", "read MB", max(1, total_bytes(plans) // MEGABYTE))
     if total_bytes(plans) < POOL_FROM_BYTES and not any(plan.hub for plan in plans):
         processes = 1
-    read, kept = [0] * len(plans), [0] * len(plans)
+    found = [Found() for _ in plans]
     bytes_before, file, file_bytes = 0, 0, 0
     for encoded in encode_all(read_blocks(plans), settled, plans, what["seq_len"], processes):
         if encoded.file != file:
@@ -82,13 +99,13 @@ def _encode_and_spill(
         file_bytes = encoded.block_bytes_read
         _refuse_overflow(plans[encoded.source], encoded, what, files[encoded.file])
         spill.append(encoded)
-        read[encoded.source] += len(encoded.status)
-        kept[encoded.source] += int(np.count_nonzero(encoded.status == OK))
+        found[encoded.source].add(encoded)
         done = min((bytes_before + file_bytes) // MEGABYTE, progress.total - 1)  # the end is said once, below
         _say_progress(progress, done, spill)
     _say_progress(progress, progress.total, spill)
-    for plan, num_read, num_kept in zip(plans, read, kept, strict=True):
-        _refuse_empty(plan, num_read, num_kept)
+    for plan, one in zip(plans, found, strict=True):
+        _refuse_empty(plan, one)
+        _refuse_missing_input(plan, one)
     return spill.close()
 
 
@@ -97,14 +114,26 @@ def _say_progress(progress: Progress, done: int, spill: Spill) -> None:
     progress.update(done, tokens=f"{spill.num_tokens:,}", documents=f"{spill.num_documents:,}", **{"": speed})
 
 
-def _refuse_empty(plan: SourcePlan, num_read: int, num_kept: int) -> None:
-    where = f"sources.{plan.name}" + (f" ({plan.files[0][0]})" if plan.files else "")
-    if not num_read:
-        raise UserError(f"the source '{plan.name}' holds no record", where=where, todo="check the file, or the glob")
-    if not num_kept:
-        raise UserError(f"nothing is left of the source '{plan.name}': all {num_read:,} records are empty or short",
-                        where=where, allowed=f"documents of at least min_chars = {plan.min_chars} characters",
+def _refuse_empty(plan: SourcePlan, found: Found) -> None:
+    if not found.read:
+        raise UserError(f"the source '{plan.name}' holds no record", where=_where(plan),
+                        todo="check the file, or the glob")  # fmt: skip
+    if not found.kept:
+        raise UserError(f"nothing is left of the source '{plan.name}': all {found.read:,} records are empty or short",
+                        where=_where(plan), allowed=f"documents of at least min_chars = {plan.min_chars} characters",
                         todo="lower `min_chars`, or check the field mapping")  # fmt: skip
+
+
+def _refuse_missing_input(plan: SourcePlan, found: Found) -> None:
+    """Some records may lack it, since many sets leave out an empty one; if all do, it has another name."""
+    if "input" in plan.fields and not found.with_input:
+        raise UserError(f"no record of the source '{plan.name}' has the field '{plan.fields['input']}'",
+                        where=_where(plan), allowed=f"the fields of its first record: {', '.join(found.fields)}",
+                        todo="correct `input`, or leave it out")  # fmt: skip
+
+
+def _where(plan: SourcePlan) -> str:
+    return f"sources.{plan.name}" + (f" ({plan.files[0][0]})" if plan.files else "")
 
 
 def _refuse_overflow(plan: SourcePlan, encoded: Encoded, what: dict[str, Any], path: str) -> None:

@@ -43,6 +43,8 @@ class Encoded:
     supervised: np.ndarray  # (N,) int32 tokens trained on; for chats within the first seq_len
     hashes: np.ndarray  # (N, 2) uint64
     ids: np.ndarray  # int32; the ids of all records with status OK, end to end; `~id` where not trained on
+    fields: list[str]  # of the first record
+    num_with_input: int  # records that hold the field mapped as Alpaca's `input`
 
 
 class Encoder:
@@ -81,6 +83,7 @@ class Encoder:
             block.bytes_read, block.source, block.file, np.array(status, dtype=np.int8), lines, lengths, supervised,
             np.frombuffer(b"".join(hashes), dtype=np.uint64).reshape(-1, 2),
             np.concatenate(kept) if kept else np.empty(0, dtype=np.int32),
+            list(located[0][1]) if located else [], sum(plan.fields.get("input") in record for _, record in located),
         )  # fmt: skip
 
     def _documents(self, located: list[Located], plan: SourcePlan, path: str) -> Hashed:

@@ -186,9 +186,9 @@ def _read_parquet(path: str, fields: list[str]) -> Iterator[tuple[Located, int]]
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            # Without any of the fields all that there are are read: the error about the missing one names them.
+            # If one of the fields is missing, all that there are are read: the error about it names them.
             names = file.schema_arrow.names
-            columns = [field for field in fields if field in names] or names
+            columns = fields if set(fields) <= set(names) else names
             size = Path(path).stat().st_size
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 for record in batch.to_pylist():

@@ -139,11 +139,12 @@ def _record_blocks(source: int, file: int, path: str, records: Iterator[tuple[Lo
 def _read_hub(plan: SourcePlan) -> Iterator[tuple[Located, int]]:
     assert plan.hub is not None
     hub = plan.hub
-    number = 0
+    number, fields = 0, plan.fields.values()
     try:
         rows = patiently(lambda: _open_hub(hub, f"sources.{plan.name}.hf"))
         for number, row in enumerate(rows, start=1):  # datasets itself asks again for what breaks off
-            yield (number, {field: row[field] for field in plan.fields.values() if field in row}), 0
+            # As for Parquet: a row that lacks a field keeps the others.
+            yield (number, {field: row[field] for field in fields} if row.keys() >= set(fields) else row), 0
     except UserError:
         raise
     except Exception as error:

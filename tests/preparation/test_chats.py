@@ -270,7 +270,7 @@ FORMS = {
     "prompt messages": ({"prompt": "p", "completion": "c"}, lambda q, a: {
         "p": [{"role": "user", "content": q}], "c": [{"role": "assistant", "content": a}]}),
     "alpaca": ({"instruction": "i", "input": "n", "output": "o"}, lambda q, a: {"i": q, "n": "", "o": a}),
-    "alpaca without input": ({"instruction": "i", "input": "n", "output": "o"}, lambda q, a: {"i": q, "o": a}),
+    "alpaca without input": ({"instruction": "i", "input": "n", "output": "o"}, lambda q, a: {"i": q, "o": a} | ({"n": None} if a.endswith("0") else {})),
     "alpaca with input": ({"instruction": "i", "input": "n", "output": "o"}, lambda q, a: {
         "i": q.split("\n\n")[0], "n": q.split("\n\n")[1], "o": a}),
     "sharegpt": ({"conversations": "c"}, lambda q, a: {"c": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}),

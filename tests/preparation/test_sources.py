@@ -222,6 +222,30 @@ def test_a_bad_file_is_an_error(
     assert_nothing_left(directory)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "hub"])
+@pytest.mark.parametrize(("mapped", "message"), [
+    ("inptu", "'inptu' is missing, did you mean 'input'"), ("context", "no record of the source 'a' has the field 'context'"),
+])  # fmt: skip
+def test_an_input_that_no_record_has_is_told_with_the_fields_there_are(
+    stage: Stage, tmp_path: Path, kind: str, mapped: str, message: str
+) -> None:
+    records = [
+        {"instruction": f"Judge bank {i}.", "input": f"Its ratio is {i}.", "output": f"Open: {i}"} for i in range(9)
+    ]
+    path = tmp_path / f"{'train.parquet' if kind == 'hub' else 'a.' + kind}"
+    if kind in ("parquet", "hub"):
+        pa.parquet.write_table(pa.Table.from_pylist(records), path)
+    elif kind == "csv":
+        path.write_text("\n".join(",".join(row) for row in [records[0], *(one.values() for one in records)]))
+    else:
+        path.write_text("\n".join(json.dumps(record) for record in records))
+    spec = {"instruction": "instruction", "input": mapped, "output": "output"}
+    hub = {"id": str(tmp_path)}
+    given = {"spec": {"hf": hub, **spec}, "hf": hub} if kind == "hub" else source(path, **spec)
+    text = (stage({"a": given}, exit_code=EXIT_USER_ERROR) / "error.txt").read_text()
+    assert message in text and "record: instruction, input, output" in text
+
+
 @pytest.mark.parametrize(("content", "message"), [
     (b"", "holds no record"),
     (b"\n\n", "holds no record"),
