@@ -1,6 +1,6 @@
 """Readers: one file format each, as a stream with line numbers. A record is `(line, dict)`.
 
-.jsonl is cut into blocks of whole lines and parsed later; .json is an array, or objects one after another; .csv has a
+.jsonl is cut into blocks of whole lines and parsed later; .json is arrays or objects one after another; .csv has a
 header; .parquet counts rows instead of lines; .txt and .md are one document a file. All may be .gz or .zst.
 Text is UTF-8 (a byte order mark is dropped); anything else is an error that names the line.
 """
@@ -200,18 +200,20 @@ def _read_parquet(path: str, fields: list[str]) -> Iterator[tuple[Located, int]]
 
 
 def _read_json(path: str, file: IO[bytes]) -> Iterator[Located]:
-    """An array of objects, or objects one after another, without holding more than one of them."""
+    """Arrays of objects, or objects, one after another, without holding more than one object."""
     text = _Text(path, file)
-    in_array = text.skip(" \t\r\n") == "["
-    if in_array:
-        text.take(1)
-    while (char := text.skip(" \t\r\n,")) not in ("", "]"):
-        if char != "{":
+    in_array = False
+    while char := text.skip(" \t\r\n,"):
+        if char == "{":
+            line = text.line
+            yield line, text.take_object()
+        elif char == ("]" if in_array else "["):
+            in_array = not in_array
+            text.take(1)
+        else:
             raise UserError(f"found {char!r} where a record should start", where=f"{path}:{text.line}",
-                            allowed="an array of objects, or objects one after another")  # fmt: skip
-        line = text.line
-        yield line, text.take_object()
-    if in_array and char != "]":
+                            allowed="arrays of objects, or objects, one after another")  # fmt: skip
+    if in_array:
         raise UserError("the array is never closed: the file seems cut off", where=f"{path}:{text.line}")
 
 

@@ -89,6 +89,13 @@ def test_json_may_be_objects_one_after_another_larger_than_the_window(
     assert [len(record["text"]) for record in records] == list(range(20))
 
 
+def test_arrays_one_after_another_are_read_to_the_last(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"},\n{"text": "b"}]\n[{"text": "c"}] []\n{"text": "d"}\n')
+    records = [located for located, _ in readers.read_records(str(path), "json", ["text"])]
+    assert records == [(1, {"text": "a"}), (2, {"text": "b"}), (3, {"text": "c"}), (4, {"text": "d"})]
+
+
 def test_compressed_files_may_hold_several_frames(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(b"".join(zstandard.compress(GOOD_TEXT + b"\n") for _ in range(50)))
@@ -197,6 +204,10 @@ def test_a_bad_line_is_an_error_that_names_file_and_line(stage: Stage, tmp_path:
 @pytest.mark.parametrize(("name", "content", "message", "line"), [
     ("a.json", b'[{"text": "one text here"},\n{"text": oops}]', "malformed JSON", 2),
     ("a.json", b'[{"text": "one text here"},\n', "never closed", 2),
+    ("a.json", b'[{"text": "one text here"}]\n{"text": "another one here"}\n]', "found ']' where", 3),
+    ("a.json", b'{"text": "one text here"}\n]\n{"text": "another one here"}', "found ']' where", 2),
+    ("a.json", b'[{"text": "one text here"},\n[{"text": "another one here"}]]', "found '[' where", 2),
+    ("a.json", b'[{"text": "one text here"}]\nand more of it', "found 'a' where", 2),
     ("a.json", b'"only a string"', "found '\"' where a record should start", 1),
     ("a.csv", b'text,b\n"quoted\nfield",2\nonly one\n', "1 columns, the header has 2", 4),
     ("a.csv", b'text,b\nsome text,\xff\n', "not UTF-8", 2),
