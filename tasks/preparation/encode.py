@@ -45,6 +45,7 @@ class Encoded:
     ids: np.ndarray  # int32; the ids of all records with status OK, end to end; `~id` where not trained on
     fields: list[str]  # of the first record
     num_with_input: int  # records that hold the field mapped as Alpaca's `input`
+    num_with_crlf: int  # documents with status OK that hold Windows line ends
 
 
 class Encoder:
@@ -84,6 +85,7 @@ class Encoder:
             np.frombuffer(b"".join(hashes), dtype=np.uint64).reshape(-1, 2),
             np.concatenate(kept) if kept else np.empty(0, dtype=np.int32),
             list(located[0][1]) if located else [], sum(plan.fields.get("input") in record for _, record in located),
+            0 if plan.is_chat else _num_with_crlf(located, plan.fields["text"], status),
         )  # fmt: skip
 
     def _documents(self, located: list[Located], plan: SourcePlan, path: str) -> Hashed:
@@ -133,6 +135,10 @@ class Encoder:
         pieces = [self.plain.encode(text[a:b], add_special_tokens=False).ids for a, b in pairwise(cuts)]
         whole = [*self.settled.prefix_ids, *chain.from_iterable(pieces), self.settled.eos_id]
         return np.array(whole, dtype=np.int32)
+
+
+def _num_with_crlf(located: list[Located], text: str, status: list[int]) -> int:
+    return sum(reason == OK and "\r\n" in record[text] for (_, record), reason in zip(located, status, strict=True))
 
 
 def _hash(data: bytes, kind: bytes) -> bytes:

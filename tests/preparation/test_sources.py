@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 from datasets import Dataset
+from tokenizers import Tokenizer
 
 from tasks.dataset_card import strays
 from tasks.errors import EXIT_USER_ERROR
@@ -231,6 +232,25 @@ def test_a_bad_file_is_an_error(
     assert message in text
     assert (f"{path}:{line}" if line else str(path)) in text
     assert_nothing_left(directory)
+
+
+@pytest.mark.parametrize(("windows", "processes"), [(1, 1), (3, 1), (3, 2)])
+def test_windows_line_ends_are_said_and_stay(
+    stage: Stage, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    windows: int, processes: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(corpus, "POOL_FROM_BYTES", 0)
+    ends = ["\r\n"] * windows + ["\n"] * 2
+    paths = [tmp_path / f"{i}.txt" for i in range(len(ends) + 1)]
+    for path, end in zip(paths, [*ends, "\r\n"], strict=True):  # the last is too short to be kept
+        path.write_bytes(f"{path.name} holds capital{end}".encode() * (9 if path != paths[-1] else 0) + end.encode())
+    directory = stage({"docs": source(paths)}, processes=processes)
+    said = "docs: 3 of 5 documents hold Windows line ends (\\r\\n), trained on as they are"
+    assert (said in capsys.readouterr().out) == (windows == 3)
+    with pa.memory_map(str(directory / "rows.arrow")) as file:
+        ids = [id for row in pa.ipc.open_stream(file).read_all().to_pylist() for id in row["input_ids"]]
+    text = Tokenizer.from_file(str(directory / "tokenizer" / "tokenizer.json")).decode(ids)
+    assert (text.count("\r\n"), text.count("\r")) == (10 * windows, 10 * windows)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "hub"])
