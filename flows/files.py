@@ -4,8 +4,8 @@
 
 Reports hold text from the data. Scripts and foreign addresses are forbidden by a header, so that nothing in them acts;
 dot files, and links that lead out of `runs/`, are not served. PREFECT_SERVER_API_AUTH_STRING=user:password holds here
-as for Prefect's server. On loopback a request must name loopback: a web page whose own name was pointed at 127.0.0.1
-after it was loaded could read the answers otherwise.
+as for Prefect's server. On loopback a request must name loopback, or the host of STEEP_FILES_URL: a web page whose own
+name was pointed at 127.0.0.1 after it was loaded could read the answers otherwise.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ import hmac
 import http.server
 import os
 import sys
+from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 LOOPBACK = ("127.0.0.1", "localhost")
 CREDENTIALS = "PREFECT_SERVER_API_AUTH_STRING"
+FILES_URL = "STEEP_FILES_URL"  # under which browsers find this server
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data: 'self'; sandbox"
 AS_TEXT = (".log", ".md", ".yaml", ".jsonl", ".json", ".csv", ".jinja")
 
@@ -30,14 +33,14 @@ AS_TEXT = (".log", ".md", ".yaml", ".jsonl", ".json", ".csv", ".jinja")
 class Handler(http.server.SimpleHTTPRequestHandler):
     """GET and HEAD below one folder, for those who know the credentials where there are some."""
 
-    def __init__(self, *arguments: Any, credentials: str = "", **options: Any) -> None:
-        self.credentials = credentials  # first: the base class answers the request in its own __init__
+    def __init__(self, *arguments: Any, credentials: str = "", names: Sequence[str] = LOOPBACK, **options: Any) -> None:
+        self.credentials, self.names = credentials, names  # first: the base class answers within its own __init__
         super().__init__(*arguments, **options)
 
     def send_head(self):  # type: ignore[no-untyped-def]  # as the base class has it
         """Refuse strangers, and what leads out of the folder."""
         if not self._names_us():
-            self.send_error(HTTPStatus.MISDIRECTED_REQUEST, explain=f"this server is {' or '.join(LOOPBACK)}")
+            self.send_error(HTTPStatus.MISDIRECTED_REQUEST, explain=f"this server is {' or '.join(self.names)}")
             return None
         if not self._may_read():
             self.send_error(HTTPStatus.UNAUTHORIZED)
@@ -54,7 +57,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def _names_us(self) -> bool:
         assert isinstance(self.server, http.server.HTTPServer)
         named = self.headers.get("Host", "").partition(":")[0].lower()
-        return self.server.server_address[0] not in LOOPBACK or named in LOOPBACK
+        return self.server.server_address[0] not in LOOPBACK or named in self.names
 
     def _may_read(self) -> bool:
         wanted = "Basic " + base64.b64encode(self.credentials.encode()).decode()
@@ -82,6 +85,12 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         """Quiet."""
 
 
+def names_on_loopback(url: str | None) -> list[str]:
+    """As whom a server on loopback may be asked: loopback, and the host of the address that we were told for it."""
+    told = urlsplit(url or "").hostname  # a proxy's, which may pass its own name on
+    return [*LOOPBACK, *([told] if told else [])]
+
+
 def main() -> int:
     """Serve until stopped."""
     parser = argparse.ArgumentParser(prog="flows.files", description="show runs/ to a browser")
@@ -91,7 +100,8 @@ def main() -> int:
     options = parser.parse_args()
     Path(options.folder).mkdir(exist_ok=True)
     directory, credentials = str(Path(options.folder).resolve()), os.environ.get(CREDENTIALS, "")
-    handler = functools.partial(Handler, directory=directory, credentials=credentials)
+    names = names_on_loopback(os.environ.get(FILES_URL))
+    handler = functools.partial(Handler, directory=directory, credentials=credentials, names=names)
     with http.server.ThreadingHTTPServer((options.host, options.port), handler) as server:
         server.serve_forever()
     return 0

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from flows import postgres
-from flows.files import LOOPBACK
+from flows.files import FILES_URL, LOOPBACK
 from flows.pools import POOL_LIMITS, pools, pools_of_this_machine
 from flows.services import POLL_SECONDS, Service, first_start, revive, seconds_to_stop, stop_all
 from tasks.errors import EXIT_USER_ERROR, UserError
@@ -30,6 +30,7 @@ from tasks.errors import EXIT_USER_ERROR, UserError
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ANY_ADDRESS = "0.0.0.0"
 DATABASE = "PREFECT_API_DATABASE_CONNECTION_URL"
+UI_API = ("PREFECT_SERVER_UI_API_URL", "PREFECT_UI_API_URL")  # new name, old name
 # Prefect's own answer is `*`: any page that the user visits could read and start what the server holds.
 ORIGINS = ("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS")  # new name, old name
 # The first start migrates an empty database: 40 s on two busy cores.
@@ -69,10 +70,10 @@ def _start(options: argparse.Namespace, services: list[Service]) -> None:
     shown = socket.gethostname() if options.host == ANY_ADDRESS else options.host
     url = f"http://{shown}:{options.port}"
     _start_server(options, url, logs, services)
-    files_url = f"http://{shown}:{options.port + 1}"
+    files_url = os.environ.setdefault(FILES_URL, f"http://{shown}:{options.port + 1}")
     _start_files(options, logs, services)
 
-    os.environ |= {"PREFECT_API_URL": f"{url}/api", "STEEP_FILES_URL": files_url}
+    os.environ["PREFECT_API_URL"] = f"{url}/api"
     with first_start("the registration of the deployments"):
         registered = subprocess.run(_deploy_command(workers_are_ours), check=False)
     if registered.returncode:  # it has said why
@@ -116,10 +117,11 @@ def _start_server(options: argparse.Namespace, url: str, logs: Path, services: l
     server = [sys.executable, "-m", "flows.server"] if options.host in LOOPBACK else [*PREFECT, "server"]
     command = [*server, "start", "--host", options.host, "--port", str(options.port)]
     environment = {
-        "PREFECT_SERVER_UI_API_URL": f"{url}/api",  # where the browser finds it; else port 4200, whatever ours is
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     }
+    if not any(name in os.environ for name in UI_API):  # who puts a proxy before us says it
+        environment[UI_API[0]] = f"{url}/api"  # where the browser finds it; else port 4200, whatever ours is
     if not any(name in os.environ for name in ORIGINS):
         ours = [url, *(f"http://{name}:{options.port}" for name in LOOPBACK)]
         environment[ORIGINS[0]] = ",".join(dict.fromkeys(ours))

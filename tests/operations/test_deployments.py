@@ -163,6 +163,31 @@ def test_only_runs_of_our_own_workers_are_marked_lost(monkeypatch: pytest.Monkey
         assert ("--mark-lost" in started.pop()) == marks, (host, database)
 
 
+@pytest.mark.parametrize("told", [{}, {"PREFECT_SERVER_UI_API_URL": "https://prefect.example.org/api",
+                                       "STEEP_FILES_URL": "https://files.example.org"}], ids=["ours", "a proxy's"])  # fmt: skip
+def test_browsers_are_told_the_addresses_that_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: dict[str, str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(os, "environ", {**os.environ, "PREFECT_HOME": str(tmp_path)} | told)
+    for name in {"PREFECT_SERVER_UI_API_URL", "PREFECT_UI_API_URL", "STEEP_FILES_URL", serve.DATABASE} - set(told):
+        os.environ.pop(name, None)
+    monkeypatch.setattr(Service, "start", lambda _service: None)
+    monkeypatch.setattr(Service, "wait_until", lambda *_: None)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0))
+    services: list[Service] = []
+    port = free_port()
+    serve._start(serve._parse(["--port", str(port), "--database", "sqlite"]), services)
+    [server] = [service for service in services if service.name == "the server"]
+    ours = {
+        "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api",
+        "STEEP_FILES_URL": f"http://127.0.0.1:{port + 1}",
+    }
+    said = os.environ | server.environment
+    assert {name: said[name] for name in ours} == ours | told
+    assert said["PREFECT_API_URL"] == f"http://127.0.0.1:{port}/api"  # workers need no proxy
+
+
 def test_runs_that_may_wait_in_another_queue_are_not_expected_to_begin_at_once() -> None:
     """Of Slurm and Kubernetes, whatever way they are set up; nor those that send no heartbeat which would follow."""
     from prefect.client.schemas.objects import WorkPool

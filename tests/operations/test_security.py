@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -15,12 +16,18 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+import uvicorn
 from prefect.blocks.system import Secret
+from prefect.settings import PREFECT_UI_API_URL, temporary_settings
+from starlette.responses import PlainTextResponse
 
+import flows.server
 from flows.credentials import load_secrets
-from flows.files import Handler
+from flows.files import Handler, names_on_loopback
 from tasks.errors import UserError
 from tests.conftest import ROOT, edit, set_activation
 from tests.local_hub import Hub
@@ -74,6 +81,36 @@ def test_a_page_whose_name_was_pointed_at_us_reads_nothing(view: str, host: str)
     path = f"{view}/report-1/report.html"
     assert ask(path, Host=host) == 421
     assert ask(path, Host="localhost") == ask(path, Host="LOCALHOST:8001") == 200
+
+
+def test_the_view_answers_to_the_name_that_we_were_told(tmp_path: Path) -> None:
+    names = names_on_loopback("https://files.example.org/steep")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path), names=names))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        assert ask(url, Host="files.example.org") == ask(url) == 200
+        assert ask(url, Host="evil.example") == ask(url, Host="") == 421
+    finally:
+        server.shutdown()
+
+
+@pytest.mark.parametrize("told", ["https://Prefect.example.org/api", "http://127.0.0.1:4200/api"])
+def test_the_server_answers_to_the_name_that_its_ui_was_told(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
+    applications: list[Any] = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **_: applications.append(app))  # what uvicorn would serve
+    monkeypatch.setattr(sys, "argv", ["flows.server", "start"])
+    monkeypatch.setattr(flows.server, "prefect", lambda: uvicorn.run(PlainTextResponse("an answer")))
+    with temporary_settings({PREFECT_UI_API_URL: told}):
+        flows.server.main()
+    hosts = ("127.0.0.1:4200", "localhost", "prefect.example.org", "evil.example", "example.org", "")
+
+    async def status(host: str) -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(applications[0])) as client:
+            return (await client.get("http://proxied/", headers={"Host": host})).status_code
+
+    answered = [host for host in hosts if asyncio.run(status(host)) == 200]
+    assert answered == list(hosts[:3] if "example" in told else hosts[:2])
 
 
 def test_reports_want_the_credentials_of_the_server(tmp_path: Path) -> None:
