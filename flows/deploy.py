@@ -76,7 +76,7 @@ def deploy(api_url: str, root: Path | None = None) -> None:
             limit_pool(client, pool, POOL_LIMITS.get(pool, 1))
         starts_in = root or os.environ.get("STEEP_ROOT") or Path.cwd()
         lines = register(client, said, str(starts_in))
-        lines += retire(client, [full_name(entry) for entry in said["deployments"]])
+        lines += retire(client, [full_name(entry) for entry in said["deployments"]], project_of(said))
         automate(client, our_deployments(client))
     print("\n".join([*lines, f"deployed to {api_url}: pools {', '.join(pools())}; see {PREFECT_FILE}"]))
 
@@ -94,6 +94,11 @@ def read_file() -> dict[str, Any]:
         check_parameters(entry)
         entry["tags"] = sorted({*entry.get("tags", []), TAG})
     return said
+
+
+def project_of(said: dict[str, Any]) -> str:
+    """What tells this project's deployments from those of others that start in the same folder."""
+    return str(said.get("name") or "")
 
 
 def check_parameters(entry: dict[str, Any]) -> None:
@@ -130,23 +135,25 @@ def register(client: SyncPrefectClient, said: dict[str, Any], starts_in: str) ->
         run_prefect("deploy", "--all", "--prefect-file", file.name, STEEP_ROOT=starts_in)
     for name, (fields, settled) in plan.items():
         standing.put_schedules(client, client.read_deployment_by_name(name), settled)
-        standing.keep_last(name, fields)
+        standing.keep_last(name, fields, project_of(said))
     return lines
 
 
-def retire(client: SyncPrefectClient, names: list[str]) -> list[str]:
+def retire(client: SyncPrefectClient, names: list[str], project: str) -> list[str]:
     """Pause what an earlier deploy of this project made and the file no longer has; a line for each.
 
-    What starts in another folder is another project's, on a server that both use.
+    On a shared server two clones have the same name, and two images the same folder: ours has our name and our folder.
     """
     lines = []
     here = client.read_deployment_by_name(names[0]).pull_steps
     for deployment in our_deployments(client):
         name = f"{client.read_flow(deployment.flow_id).name}/{deployment.name}"
-        if name not in names and not deployment.paused and deployment.pull_steps == here:
+        if name in names or deployment.paused:
+            continue
+        if deployment.pull_steps == here and standing.project_of_last(name) == project:
             client.pause_deployment(deployment.id)
             # by us: when the file has it again, that is new, and it runs again
-            standing.keep_last(name, (standing.read_last(name) or {}) | {standing.PAUSED: True})
+            standing.keep_last(name, (standing.read_last(name) or {}) | {standing.PAUSED: True}, project)
             lines.append(f"paused: {name}: it is no longer in {PREFECT_FILE}; delete it in the UI if nobody needs it")
     return lines
 

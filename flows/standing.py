@@ -25,6 +25,7 @@ from tasks.errors import UserError
 Fields = dict[str, Any]
 PAUSED, PARAMETER, SCHEDULE, ACTIVE = "paused", "parameter ", "schedule ", "active "
 ABSENT = None  # as YAML and JSON have it: `x:` says nothing
+PROJECT = "project"  # kept beside the fields: the name in the prefect.yaml that was deployed
 
 
 def fields_of_file(name: str, entry: dict[str, Any]) -> Fields:
@@ -113,13 +114,24 @@ def as_schedule(slug: str, when: dict[str, Any], active: bool) -> DeploymentSche
 
 def read_last(name: str) -> Fields | None:
     """What the file said of a deployment when it was last deployed."""
+    if (last := _kept(name)) is None:
+        return None
+    return {label: value for label, value in last.items() if label != PROJECT}
+
+
+def project_of_last(name: str) -> str | None:
+    """Which project deployed it last; None where that was not written down, or nobody here did."""
+    return (_kept(name) or {}).get(PROJECT)
+
+
+def keep_last(name: str, said: Fields, project: str) -> None:
+    """Remember what the file says of a deployment, and whose file that is."""
+    Variable.set(_variable(name), said | {PROJECT: project}, tags=[TAG], overwrite=True)
+
+
+def _kept(name: str) -> Fields | None:
     last = Variable.get(_variable(name), default=None)
     return dict(last) if isinstance(last, dict) else None
-
-
-def keep_last(name: str, said: Fields) -> None:
-    """Remember what the file says of a deployment."""
-    Variable.set(_variable(name), said, tags=[TAG], overwrite=True)
 
 
 def _variable(name: str) -> str:

@@ -144,9 +144,12 @@ def test_what_was_changed_on_the_server_stays_and_what_the_file_says_anew_wins(
             "kept: pipeline/old: paused: true",
         ]
 
-    # another project's, on the same server
+    # others on the same server: of our name elsewhere, of another name here, and from before names were written down
     elsewhere = [{"prefect.deployments.steps.set_working_directory": {"directory": "/elsewhere"}}]
-    client.create_deployment(old.flow_id, "theirs", pull_steps=elsewhere, tags=[TAG])
+    for name, starts_in in (("clone", elsewhere), ("image", old.pull_steps), ("older", old.pull_steps)):
+        client.create_deployment(old.flow_id, name, pull_steps=starts_in, tags=[TAG])
+    standing.keep_last("pipeline/clone", {}, "steep")
+    standing.keep_last("pipeline/image", {}, "theirs")
 
     # the file changes: a slug, a time, a parameter, a deployment gone
     entries = yaml.safe_load(file.read_text())
@@ -163,7 +166,8 @@ def test_what_was_changed_on_the_server_stays_and_what_the_file_says_anew_wins(
     assert weekly.schedule.interval.days == 1  # type: ignore[union-attr]
     assert cpu.parameters == {"config": "configs/mine.yaml", "hardware": "auto"}
     assert old.paused and "paused: pipeline/old: it is no longer in prefect.yaml" in said
-    assert not client.read_deployment_by_name("pipeline/theirs").paused
+    for name in ("clone", "image", "older"):
+        assert not client.read_deployment_by_name(f"pipeline/{name}").paused, name
     assert "set: pipeline/cpu: schedule nightly" in said and 'kept: pipeline/cpu: parameter hardware: "auto"' in said
 
     # without schedules at all, and the old deployment back
