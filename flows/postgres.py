@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import pwd
+import re
 import shutil
 import subprocess
 import tempfile
@@ -22,6 +23,7 @@ from pathlib import Path
 from tasks.errors import UserError
 
 PACKAGE_USERS = ("postgres", "nobody")  # who runs it when we are root
+DEBIAN = Path("/usr/lib/postgresql")  # a folder a major version
 
 
 @dataclass(frozen=True)
@@ -52,24 +54,54 @@ class Cluster:
 
 def find_binaries() -> Path | None:
     """The folder with initdb and postgres: on the path, or the newest of Debian's."""
+    return next(iter(_installed()), None)
+
+
+def _installed() -> list[Path]:
     folders = [Path(found).resolve().parent for found in [shutil.which("initdb")] if found]
-    folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: p.parent.name.zfill(4), reverse=True)
-    return next((folder for folder in folders if (folder / "postgres").exists()), None)
+    folders += sorted(DEBIAN.glob("*/bin"), key=lambda p: p.parent.name.zfill(4), reverse=True)
+    return [folder for folder in folders if (folder / "postgres").exists()]
 
 
 def prepare_cluster(home: Path, binaries: Path) -> Cluster:
-    """The project's cluster, initialised the first time."""
+    """The project's cluster, made by these binaries the first time; one that stands is run by those of its version."""
     user = _package_user() if os.geteuid() == 0 else None
     data = _data_folder(home, user)
     socket = Path(tempfile.mkdtemp(prefix="steep-postgres-"))  # short: a socket's path may hold 107 bytes
     atexit.register(shutil.rmtree, socket, ignore_errors=True)
     if user:
         shutil.chown(socket, user)
-    cluster = Cluster(data, socket, binaries, user)
-    if not (data / "PG_VERSION").exists():
+    stands = (data / "PG_VERSION").exists()
+    cluster = Cluster(data, socket, _binaries_of(data) if stands else binaries, user)
+    if not stands:
         _initialise(cluster)
     forget_dead_server(data)
     return cluster
+
+
+def _binaries_of(data: Path) -> Path:
+    """Those of the major version that made the data: no other can read it, and a newer one may have come since."""
+    wanted = (data / "PG_VERSION").read_text().strip()
+    found = {folder: _major_version(folder) for folder in _installed()}
+    if matching := [folder for folder, version in found.items() if version == wanted]:
+        return matching[0]
+    installed = " and ".join(dict.fromkeys(version for version in found.values() if version)) or "none that runs"
+    raise UserError(
+        f"the database is of PostgreSQL {wanted}, and installed here is {installed}",
+        where=str(data),
+        todo=f"install PostgreSQL {wanted} too (Debian: postgresql-{wanted}), to go on with it or for pg_upgrade; "
+        "or name another database in PREFECT_API_DATABASE_CONNECTION_URL",
+    )
+
+
+def _major_version(binaries: Path) -> str:
+    """As PG_VERSION says it, `15`; nothing of programs that do not run."""
+    try:
+        asked = subprocess.run([str(binaries / "postgres"), "--version"], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    found = re.search(r"\) (\d+)", asked.stdout)  # postgres (PostgreSQL) 15.14 (Debian 15.14-0+deb12u1)
+    return found[1] if found else ""
 
 
 def forget_dead_server(data: Path) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from flows import postgres
 from flows.postgres import as_user, find_binaries, forget_dead_server, prepare_cluster
 from flows.services import Service
+from tasks.errors import UserError
 from tests.conftest import ROOT
 from tests.tasks.test_launch import alive, wait_for
 
@@ -43,6 +45,44 @@ def test_a_killed_guard_takes_postgresql_along_though_a_client_is_connected(
     finally:
         service.stop()
         shutil.rmtree(cluster.data)
+
+
+def install(folder: Path, version: str) -> None:
+    """Programs that say they are of that version."""
+    folder.mkdir(parents=True)
+    (folder / "initdb").write_text('#!/bin/sh\necho "it is not to be called" >&2; exit 1\n')
+    (folder / "postgres").write_text(
+        f"#!/bin/sh\necho 'postgres (PostgreSQL) {version} (Debian {version}-1.pgdg12+1)'\n"
+    )
+    for name in ("initdb", "postgres"):
+        (folder / name).chmod(0o755)
+
+
+@pytest.mark.parametrize("on_path", ["17.2", "15.14", None])
+def test_what_stands_is_run_by_the_version_that_made_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_path: str | None
+) -> None:
+    monkeypatch.setattr(postgres, "DEBIAN", tmp_path / "debian")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)  # the data lies in the project's folder then
+    monkeypatch.setattr(shutil, "which", lambda _name: str(tmp_path / "path/initdb") if on_path else None)
+    for version in ("15.14", "16rc1", "17.2"):
+        install(tmp_path / f"debian/{version[:2]}/bin", version)
+    if on_path:
+        install(tmp_path / "path", on_path)
+    newest = find_binaries()
+    assert newest == (tmp_path / "path" if on_path else tmp_path / "debian/17/bin")
+    (tmp_path / "postgres").mkdir()
+    for made_by in ("15", "16", "17"):
+        (tmp_path / "postgres/PG_VERSION").write_text(f"{made_by}\n")
+        is_on_path = on_path is not None and on_path.startswith(made_by)
+        expected = tmp_path / ("path" if is_on_path else f"debian/{made_by}/bin")
+        assert prepare_cluster(tmp_path, newest).binaries == expected
+
+    (tmp_path / "postgres/PG_VERSION").write_text("16\n")
+    shutil.rmtree(tmp_path / "debian/16")
+    with pytest.raises(UserError, match=r"of PostgreSQL 16, and installed here is (17 and 15|15 and 17)\n") as caught:
+        prepare_cluster(tmp_path, newest)
+    assert "pg_upgrade" in str(caught.value) and f"where: {tmp_path}/postgres" in str(caught.value)
 
 
 @pytest.mark.parametrize("holder", ["another process", "a zombie", "nobody"])
