@@ -1,6 +1,7 @@
 """Prefect flows. Importing this package sets what a local run needs before Prefect reads its settings.
 
-Everything is a default: a deployment's environment, a profile or a shell that says otherwise wins.
+Everything is a default: a deployment's environment or a shell that says otherwise wins. The user's profiles of Prefect
+are not read, as the home is the project's own: a run by hand reports to no server that nobody named for it.
 """
 
 import atexit

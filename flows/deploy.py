@@ -37,7 +37,7 @@ from prefect.utilities.schema_tools import ValidationError, validate
 from flows import standing
 from flows.automations import HEARTBEAT, automate
 from flows.pools import POOL_LIMITS, PREFECT_FILE, TAG, pools
-from flows.reach import require_server
+from flows.reach import NO_PROFILES, require_server
 from tasks.errors import EXIT_USER_ERROR, UserError
 
 ALIVE = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
@@ -64,7 +64,8 @@ def require_api_url() -> str:
     raise UserError(
         "PREFECT_API_URL is not set, so there is no server to deploy to",
         allowed="the address of a Prefect server, as http://127.0.0.1:4200/api",
-        todo="`make serve` starts one here and deploys to it; for another: make deploy PREFECT_API_URL=...",
+        todo="`make serve` starts one here and deploys to it; for another: make deploy PREFECT_API_URL=... "
+        f"({NO_PROFILES})",
     )
 
 

@@ -11,6 +11,7 @@ from prefect.settings import PREFECT_API_URL
 from tasks.errors import UserError
 
 EXAMPLE = "the address of a Prefect server, with /api, as http://127.0.0.1:4200/api"
+NO_PROFILES = "profiles of Prefect in ~/.prefect are not read"  # flows/__init__.py says why
 
 
 def require_server() -> None:
@@ -37,7 +38,8 @@ def _refused(url: str, answer: httpx.Response) -> UserError:
         return UserError(
             f"the server at {url} does not know us: {said}",
             where="PREFECT_API_URL",
-            todo="set PREFECT_API_AUTH_STRING=user:password, or PREFECT_API_KEY where the server wants a key",
+            todo="set in the environment PREFECT_API_AUTH_STRING=user:password, or PREFECT_API_KEY where the server "
+            f"wants a key; {NO_PROFILES}",
         )
     return _no_api(url, said)
 

@@ -64,6 +64,26 @@ def test_deploying_to_what_is_no_server_of_ours_is_one_message(stranger: str, tm
     assert SAID[code] in "\n".join(said) and len(said) <= 4
 
 
+def test_a_profile_of_the_users_is_not_read_and_the_messages_say_so(stranger: str, tmp_path: Path) -> None:
+    (tmp_path / ".prefect").mkdir()
+    profile = f"PREFECT_API_URL = '{stranger}/200'\nPREFECT_API_AUTH_STRING = 'user:password'\n"
+    (tmp_path / ".prefect/profiles.toml").write_text(f"active = 'theirs'\n[profiles.theirs]\n{profile}")
+    (project := tmp_path / "project").mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+
+    def python(*arguments: str, **more: str) -> str:
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=project, env=environment | more, capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr
+
+    asked = "from prefect.settings import PREFECT_API_URL; print(PREFECT_API_URL.value())"
+    assert python("-c", asked).strip() == f"{stranger}/200"  # as Prefect itself reads it
+    assert python("-c", f"import flows; {asked}").strip() == "None"
+    for told in ({}, {"PREFECT_API_URL": f"{stranger}/401"}):
+        assert "profiles of Prefect in ~/.prefect are not read" in python("-m", "flows.deploy", **told)
+
+
 @pytest.mark.parametrize("module", ["flows.deploy", "flows.pipeline"])
 def test_a_server_that_is_away_is_one_message(tmp_path: Path, module: str) -> None:
     said = end_of(module, f"http://127.0.0.1:{free_port()}/api", tmp_path)
