@@ -14,6 +14,7 @@ from tasks import hub
 from tasks.config import Run, locate, nearest
 from tasks.digests import Digests
 from tasks.errors import UserError
+from tasks.layers import check_layers
 from tasks.model_files import AGAIN, read_index, read_model_json, read_tensors
 from tasks.preparation.readers import file_format
 from tasks.roots import hold_found
@@ -66,6 +67,7 @@ def resolve_base_model(run: Run, config_path: Path, digests: Digests) -> BaseMod
     check_trust(folder, run.model.trust_remote_code, where)
     _shards(folder, where)
     _check_adapter(folder, where)
+    check_layers(read_model_json(folder / "config.json", where), where)
     vocab_size, max_positions = _sizes(folder / "config.json", where)
     if max_positions and run.model.seq_len > max_positions:
         raise UserError(

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from tasks.errors import UserError
+from tasks.layers import check_layers
 from tasks.model_shape import tensor_sizes
 from tasks.room import check_disk
 from tasks.stage import Order
@@ -48,7 +49,9 @@ def check_init(folder: Path, seq_len: int, directory: Path, keep_last: int, prec
         what = f"holds pickled weights only ({', '.join(pickled)})" if pickled else "holds no weights"
         raise UserError(f"{folder} {what}", allowed="*.safetensors",
                         todo="convert them where you trust the file: load it and `save_pretrained`")  # fmt: skip
-    positions = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
+    config = read_config(folder).get_text_config()
+    check_layers(config.to_dict(), str(folder / "config.json"))
+    positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and seq_len > positions:
         raise UserError(f"seq_len is {seq_len}, but the model has {positions} positions", where="model.seq_len",
                         allowed=f"up to {positions}", todo="lower model.seq_len")  # fmt: skip

@@ -149,6 +149,7 @@ def assemble(
         step_log=step_log,
         directory=directory,
         backend=backend,
+        bf16=precision.computes_bf16,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

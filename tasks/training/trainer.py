@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from tasks.training import checkpoint
 from tasks.training.callbacks import StepLog
+from tasks.training.isolation import check_isolation, needs_probe
 from tasks.training.loss import token_losses
 from tasks.training.precision import Precision
 from tasks.training.rows import Layout, StepSampler
@@ -39,10 +40,11 @@ class RowTrainer(SFTTrainer):
         step_log: StepLog,
         directory: Path,
         backend: ModuleType,
+        bf16: bool,
         **kwargs: Any,
     ) -> None:
         self.what, self.layout, self.step_log, self.directory = what, layout, step_log, directory
-        self.backend, self.wrapper = backend, ""
+        self.backend, self.bf16, self.wrapper = backend, bf16, ""
         self.grouped: list[list[torch.Tensor]] = []  # the optimizer's parameters
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # our loss divides by the whole step; nobody else divides it again
@@ -58,6 +60,8 @@ class RowTrainer(SFTTrainer):
             for group, parameters in zip(self.optimizer.param_groups, self.grouped, strict=True):
                 group["params"] = parameters
         self.wrapper = self.backend.check_wrapper(self.model)  # before a step is spent on the wrong one
+        if needs_probe(prepared[0].config):
+            check_isolation(prepared[0], lambda rows: self._prepare_inputs(self.data_collator(rows)), self.bf16)
         return prepared
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:

@@ -327,3 +327,13 @@ def test_lm_evals_functions_are_no_obstacle_to_reading_its_tasks(project: Path) 
     (project / "lm_eval" / "utils.py").write_text("f = None\n")
     files = plan(project)["evaluate_base"].order.what["files"]
     assert [Path(file["path"]).name for file in files] == ["tiny_bpb.yaml", "utils.py", "heldout.jsonl"]
+
+
+@pytest.mark.parametrize("said", [{"layer_types": ["linear_attention", "full_attention"]}, {"model_type": "jamba"}])
+def test_a_base_whose_layers_mix_documents_is_refused_before_anything_runs(
+    project: Path, said: dict[str, object]
+) -> None:
+    config = project / "base/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | said))
+    with pytest.raises(UserError, match=r"documents of a packed row would see each other[^$]*where: .*run\.yaml:5"):
+        plan(project)
