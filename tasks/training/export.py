@@ -26,7 +26,33 @@ from tasks.training.states import plain_name
 
 MODEL, WRITING = "model", ".model.writing"
 FILE_BYTES = 4_000_000_000
+SAMPLING = {"temperature", "top_p", "top_k", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+INVALID = re.compile(r"^- `(\w+)`:", re.MULTILINE)  # what transformers says of a generation config, a line a value
 LAYER = re.compile(r"(.*?\.\d+\.|)")  # what stands before a layer's own names; nothing outside the layers
+
+
+def mend_generation(model: Any) -> str:
+    """Make valid the generation config that a base came with; what was changed, empty for nothing.
+
+    transformers loads an invalid one with a warning, and refuses to save it: behind all training. Values that have no
+    effect are dropped, but sampling values of a file that does not say whether to sample: it meant to.
+    """
+    generation, changed = model.generation_config, []
+    if generation.do_sample is None and SAMPLING.intersection(_invalid_values(generation)):
+        generation.do_sample = True
+        changed.append("do_sample is true")
+    for name in _invalid_values(generation):
+        changed.append(f"{name} is gone, it was {getattr(generation, name)}")
+        setattr(generation, name, None)
+    return "; ".join(changed)
+
+
+def _invalid_values(generation: Any) -> list[str]:
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        return INVALID.findall(str(error))
+    return []
 
 
 def export_model(

@@ -90,6 +90,8 @@ def fit(directory: Path, order: Order, backend: ModuleType) -> Fitted:
         tell(f"{order.stage:<14}warning: {ROUNDED_HANDOVER}")
     tell(f"{order.stage:<14}loading {inputs.init}")
     model = backend.load_model(inputs.init, precision, what["seq_len"], order.how)
+    if changed := export.mend_generation(model):
+        tell(f"{order.stage:<14}warning: the base's generation_config.json is invalid; in the export {changed}")
     num_new_rows = add_token_rows(model, inputs.tokenizer, inputs.new_tokens)
     prepare_model(model, order.how)
     threads = backend.set_threads(order.how, model.num_parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tasks.errors import UserError
 from tasks.training.deploy import copy_model
 from tasks.training.export import export_model, moved_share, write_weights
-from tests.training.conftest import make_model, make_tokenizer
+from tests.training.conftest import (
+    make_documents,
+    make_model,
+    make_prepared,
+    make_stage,
+    make_tokenizer,
+    pack,
+    train_here,
+)
 
 
 def parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -46,6 +55,37 @@ def test_what_was_trained_in_bf16_says_so_and_rounding_on_loading_is_no_move(tmp
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
     assert moved_share(before, folder) == 0
+
+
+SAMPLED = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 1}
+GENERATION = {  # what a base says -> what its export says, and what is told
+    "sampling values alone": (SAMPLED, SAMPLED | {"do_sample": True}, "in the export do_sample is true\n"),
+    "sampling values of a greedy model": (
+        SAMPLED | {"do_sample": False}, {"eos_token_id": 1, "do_sample": False},
+        "in the export temperature is gone, it was 0.9; top_p is gone, it was 0.6\n",
+    ),
+    "no token for padding": ({"pad_token_id": -1, "eos_token_id": 1}, {"eos_token_id": 1}, "pad_token_id is gone, it was -1\n"),
+    "beams": ({"early_stopping": True, "num_beams": 1}, {"num_beams": 1}, "early_stopping is gone, it was True\n"),
+    "all of it": ({"do_sample": True, "top_k": 5}, {"do_sample": True, "top_k": 5}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GENERATION)
+def test_a_training_from_an_invalid_generation_config_is_exported(
+    base: Path, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said, exported, told = GENERATION[case]
+    init = Path(shutil.copytree(base, tmp_path / "init"))
+    (init / "generation_config.json").write_text(json.dumps(said))
+    prepared = make_prepared(tmp_path / "prepared", pack(make_documents(8)))
+    directory = make_stage(tmp_path, init, prepared)
+    train_here(directory)
+    found = json.loads((directory / "model/generation_config.json").read_text())
+    assert {name: found.get(name) for name in exported} == exported
+    assert not (said.keys() - exported.keys()) & found.keys() - {"pad_token_id"} and found.get("pad_token_id") != -1
+    out = capsys.readouterr().out
+    assert told in out and ("generation_config" in out) == bool(told)
+    GenerationConfig.from_pretrained(directory / "model").validate(strict=True)
 
 
 def test_fused_experts_are_exported_under_the_names_of_their_architecture(tmp_path: Path) -> None:
