@@ -31,7 +31,7 @@ from tasks.holder import open_locked, read_holder, write_holder
 from tasks.provenance import git_commit, installed_versions
 
 # Bumped when a worker's output changes for the same order; part of every key.
-VERSIONS = {"prepare": 2, "train": 1, "evaluate": 1, "report": 2}
+VERSIONS = {"prepare": 2, "train": 1, "evaluate": 2, "report": 2}
 ORDER, ARTIFACT, LOG = "order.json", "artifact.json", "worker.log"
 ERROR, PREEMPTED = "error.txt", "preempted.txt"  # what a worker that did not finish left to say
 OOM = "oom.json"  # of a worker that ran out of memory: measured_gib, predicted_gib, microbatch_rows, step

@@ -23,7 +23,7 @@ NO_METRIC = {"name", "alias", "sample_len", "sample_count", " "}
 
 
 def summarize(raw: dict[str, Any], asked: dict[str, str]) -> dict[str, Any]:
-    """The content of `results.json`; `asked` maps every task to the name in the run's file that brought it."""
+    """The content of `results.json`; `asked`: task or group -> the name in the run's file that brought it."""
     tasks = {name: _metrics(values) for name, values in raw["results"].items()}
     tasks = {name: metrics for name, metrics in tasks.items() if metrics}
     return {
@@ -32,7 +32,7 @@ def summarize(raw: dict[str, Any], asked: dict[str, str]) -> dict[str, Any]:
         "higher_is_better": {
             name: {metric: _direction(raw, name, metric) for metric in metrics} for name, metrics in tasks.items()
         },
-        "asked": {name: asked.get(name, name) for name in tasks},
+        "asked": {name: asked[name] for name in tasks},
     }
 
 

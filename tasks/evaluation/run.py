@@ -13,7 +13,7 @@ from tasks.evaluation.environment import include_path, task_names
 from tasks.evaluation.heartbeat import heartbeat
 from tasks.evaluation.model import WatchedLM, load_model
 from tasks.evaluation.results import summarize, undefined_metrics, write_results
-from tasks.evaluation.suite import Loaded, leaves, load_suite
+from tasks.evaluation.suite import Loaded, brought_by, load_suite
 from tasks.progress import say
 from tasks.stage import Order
 
@@ -33,8 +33,7 @@ def evaluate(order: Order, directory: Path) -> dict[str, Any]:
     seconds_load = time.monotonic() - started_at
 
     raw = ask_lm_eval(model, manager, loaded, order.what.get("limit"))
-    asked = {task.task_name: name for name, items in loaded.items() for task in leaves(items)}
-    results = summarize(raw, asked)
+    results = summarize(raw, brought_by(loaded))
     write_results(directory, results, raw["samples"])
     undefined = undefined_metrics(results)
     for metric in undefined:

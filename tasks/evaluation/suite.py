@@ -66,6 +66,16 @@ def leaves(loaded: list[Task | Group]) -> list[Task]:
     return [task for item in loaded for task in (item.get_all_tasks() if isinstance(item, Group) else [item])]
 
 
+def brought_by(loaded: Loaded) -> dict[str, str]:
+    """Every task and group that lm-eval gives results for, and the name in the run's file that brought it."""
+    asked: dict[str, str] = {}
+    for name, items in loaded.items():
+        asked |= {task.task_name: name for task in leaves(items)}
+        for group in (item for item in items if isinstance(item, Group)):
+            asked |= {one.name: name for one in (group, *group.get_all_groups())}  # each may have an aggregate
+    return asked
+
+
 def _unknown(name: str, own: list[str], folder: Path) -> UserError:
     return UserError(
         f"unknown evaluation task '{name}'{nearest(name, own) or nearest(name, names_in(LM_EVAL_TASKS))}",

@@ -56,9 +56,9 @@ def is_better(difference: float, higher_is_better: bool | None) -> bool | None:
 
 
 def _row(table: dict[str, Any], sides: dict[str, str], task: str, metric: str) -> dict[str, Any]:
-    asked = table.get("asked", {}).get(task, task)  # a task of a group stands under the group's name in the config
+    asked = table["asked"][task]  # what a group brings stands under the group's name in the config
     return {
-        "side": sides.get(task) or sides.get(asked) or "domain",
+        "side": sides[asked],  # on no side by default: the gate judges the two by different bounds
         "asked": asked,
         "task": task,
         "metric": metric,

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from tasks.evaluation.__main__ import main
-from tasks.stage import ARTIFACT, ERROR, ORDER, file_sha256, is_done, read_artifact, read_order, write_order
+from tasks.reporting.gather import RunRecord, StageRecord
+from tasks.reporting.results import results_frame
+from tasks.stage import ARTIFACT, ERROR, ORDER, Order, file_sha256, is_done, read_artifact, read_order, write_order
 from tests.conftest import ROOT
 from tests.evaluation.conftest import DOCUMENTS, Evaluated, evaluation_order, write_tasks
 
@@ -145,3 +147,35 @@ def test_data_that_is_replaced_gives_no_result_under_the_key_of_the_old(
         assert main([directory]) == 2
     assert f"{data} changed after this run was planned" in (directory / ERROR).read_text()
     assert bool(evaluated) == (moment == "while it computes") and not (directory / ARTIFACT).exists()
+
+
+GROUPS = """
+group: outer
+aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+task:
+- group: within
+  aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+  task: [choices]
+- inner
+"""
+
+
+def test_aggregates_of_groups_within_a_group_stand_on_the_side_of_its_name(tmp_path: Path, tiny_model: Path) -> None:
+    write_tasks(tmp_path)
+    more = (tmp_path / "choices.yaml").read_text().replace("task: choices", "task: more")
+    (tmp_path / "more.yaml").write_text(more)
+    (tmp_path / "outer.yaml").write_text(GROUPS)
+    (tmp_path / "inner.yaml").write_text("group: inner\naggregate_metric_list: [{metric: acc}]\ntask: [more]\n")
+    order = read_order(evaluation_order(tmp_path, "base", tiny_model, tmp_path, limit=2))
+    what = order.what | {"tasks": {"domain": ["bpb"], "general": ["outer"]}}
+    directory = write_order(replace(order, what=what), tmp_path)
+    with pytest.MonkeyPatch.context() as environment:  # the worker sets its own
+        environment.setattr(os, "environ", os.environ.copy())
+        assert main([directory]) == 0
+    asked = json.loads((directory / "results.json").read_text())["asked"]
+    general = ("outer", "outer::within", "inner", "choices", "more")
+    assert asked == {"bpb": "bpb"} | dict.fromkeys(general, "outer")
+    record = StageRecord("evaluate_base", directory, read_order(directory), read_artifact(directory))
+    report = Order("report", "report", "test", what["tasks"], {})
+    rows = results_frame(RunRecord(report, {"evaluate_base": record})).to_dict("records")
+    assert {row["task"]: row["side"] for row in rows} == {"bpb": "domain"} | dict.fromkeys(general, "general")

@@ -17,7 +17,7 @@ from tasks.reporting.results import is_better, results_frame
 from tasks.reporting.samples import MAX_CHARS, cut
 from tasks.reporting.terminal import result_table_text
 from tasks.reporting.write import write_report
-from tasks.stage import ERROR, is_done, read_artifact
+from tasks.stage import ERROR, is_done, read_artifact, read_order
 from tests.reporting.conftest import HOSTILE, make_run
 
 
@@ -222,3 +222,12 @@ def test_models_in_bf16_are_told_and_more_so_beside_others_in_float32(tmp_path: 
     assert "did not fit the GPU: Base, CPT, SFT." in said("base", "cpt", "sft")
     text = said("base", "cpt", "sft"), said("sft")
     assert "The others were in float32" not in text[0] and "GPU: SFT. The others were in float32" in text[1]
+
+
+def test_a_result_that_no_name_of_the_run_brought_is_put_on_no_side(report_directory: Path) -> None:
+    path = Path(read_order(report_directory).inputs["evaluate_base"]) / "results.json"
+    results = json.loads(path.read_text())
+    results["asked"]["facts"] = "nobody"
+    path.write_text(json.dumps(results))
+    with pytest.raises(KeyError, match="nobody"):
+        results_frame(gather(report_directory))
