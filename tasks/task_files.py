@@ -117,6 +117,7 @@ def resolve_task_files(evaluate: Evaluate, config_path: Path, digests: Digests) 
             if file.suffix == ".yaml" and not IGNORED.intersection(file.parts):
                 suite.add(one)
     _refuse_unknown(evaluate, suite, config_path)
+    _refuse_brought_twice(evaluate, suite, config_path)
     pairs = [pair for name in evaluate.tasks for pair in suite.reached(name, {})]
     pairs.sort(key=lambda pair: pair[0].path)
     data = [path for file, config in pairs for path in _data(file.path, config, config_path)]
@@ -160,6 +161,27 @@ def _refuse_unknown(evaluate: Evaluate, suite: Suite, config_path: Path) -> None
             allowed=", ".join([*own, "the tasks of lm-eval"]),
             todo=f"correct the name, or add its YAML file to {evaluate.include_path}",
         )
+
+
+def _refuse_brought_twice(evaluate: Evaluate, suite: Suite, config_path: Path) -> None:
+    """What two names bring, as far as the folder tells: a task of lm-eval's own is found when the tasks are loaded."""
+    asked: dict[str, str] = {}
+    for name in evaluate.tasks:
+        for task in [file.name for file, _ in suite.reached(name, {})]:  # or group, whose tasks come with it
+            if (other := asked.setdefault(task, name)) != name:
+                side = "domain" if name in evaluate.domain else "general"
+                where = locate(config_path, "evaluate", side, getattr(evaluate, side).index(name))
+                raise brought_twice(task, other, name, where)
+
+
+def brought_twice(task: str, first: str, second: str, where: str) -> UserError:
+    """That two names of the run's file bring the same task."""
+    return UserError(
+        f"'{first}' and '{second}' both bring the evaluation task '{task}'",
+        where=where,
+        allowed="each task by one name: its own, or that of a group or tag",
+        todo="leave out one of the two",
+    )
 
 
 def _data_keys(config: Config) -> Config:

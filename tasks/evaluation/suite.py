@@ -27,6 +27,7 @@ from tasks.config import nearest
 from tasks.errors import UserError
 from tasks.evaluation.environment import names_in, unknown_to_lm_eval
 from tasks.hub import explain, passes, patiently
+from tasks.task_files import brought_twice
 
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 Loaded = dict[str, list[Task | Group]]
@@ -37,9 +38,11 @@ lm_eval.utils.env = SANDBOX
 
 
 def load_suite(names: list[str], folder: Path) -> tuple[TaskManager, Loaded]:
-    """lm-eval's objects of every name, checked: they have data and run no code that needs a confirmation."""
+    """lm-eval's objects of every name, checked: they have data, run no code of a model's, and come by one name."""
     manager = find_tasks(names, folder)
-    return manager, {name: _load(manager, name) for name in names}
+    loaded = {name: _load(manager, name) for name in names}
+    brought_by(loaded)
+    return manager, loaded
 
 
 def find_tasks(names: list[str], folder: Path) -> TaskManager:
@@ -67,10 +70,15 @@ def leaves(loaded: list[Task | Group]) -> list[Task]:
 
 
 def brought_by(loaded: Loaded) -> dict[str, str]:
-    """Every task and group that lm-eval gives results for, and the name in the run's file that brought it."""
+    """Every task and group that lm-eval gives results for, and the name in the run's file that brought it.
+
+    Raises `UserError` for a task that two names bring: lm-eval gives it one result, which has one side.
+    """
     asked: dict[str, str] = {}
     for name, items in loaded.items():
-        asked |= {task.task_name: name for task in leaves(items)}
+        for task in leaves(items):
+            if (other := asked.setdefault(task.task_name, name)) != name:
+                raise brought_twice(task.task_name, other, name, "evaluate")
         for group in (item for item in items if isinstance(item, Group)):
             asked |= {one.name: name for one in (group, *group.get_all_groups())}  # each may have an aggregate
     return asked

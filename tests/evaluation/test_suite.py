@@ -45,6 +45,18 @@ def test_a_group_brings_its_tasks(folder: Path) -> None:
     assert [task.task_name for task in leaves(load(folder, "all_of_it")["all_of_it"])] == ["choices", "bpb"]
 
 
+@pytest.mark.parametrize("both", ["group: both\ntask: [{group: inner, task: [choices]}, bpb]\n", "a tag"])
+def test_a_task_that_two_names_bring_is_refused_before_a_model_is_loaded(folder: Path, both: str) -> None:
+    if both == "a tag":
+        file = folder / "choices.yaml"
+        file.write_text(file.read_text() + "tag: both\n")
+    else:
+        (folder / "both.yaml").write_text(both)
+    assert load(folder, "both", "answers")
+    with pytest.raises(UserError, match=r"'both' and 'choices' both bring the evaluation task 'choices'"):
+        load(folder, "both", "choices")
+
+
 def test_a_broken_task_file_is_named_with_its_line(folder: Path) -> None:
     (folder / "broken.yaml").write_text("task: broken\nmetric_list: [\n")
     with pytest.raises(UserError, match=r"not readable as YAML") as caught:

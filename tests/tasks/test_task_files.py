@@ -228,3 +228,15 @@ def test_a_name_that_nobody_knows_is_told_by_the_plan(project: Path, side: str) 
         load_plan(str(project / "run.yaml"), None)
     line, text = (22, "evaluate.domain.0") if side == "domain" else (23, "evaluate.general.1")
     assert caught.value.where == f"{project}/run.yaml:{line}, key {text}"
+
+
+@pytest.mark.parametrize("case", ["group", "tag", "tag in a group"])
+def test_a_task_that_two_names_bring_is_refused(other: Path, case: str) -> None:
+    for name, text in REACHED[case][0].items():
+        say(other, name, text)
+    edit(other, "domain:  [tiny_bpb]", "domain:  [all]")
+    assert load_plan(str(other / "run.yaml"), None)
+    edit(other, "general: []", "general: [tiny_bpb, other]")
+    with pytest.raises(UserError, match=r"'all' and 'other' both bring the evaluation task 'other'") as caught:
+        load_plan(str(other / "run.yaml"), None)
+    assert "evaluate.general" in caught.value.where
