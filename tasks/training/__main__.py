@@ -94,7 +94,8 @@ def _work(directory: Path) -> int:
         _clear(directory)
         return 0
     if IS_MAIN:
-        for leftover in (ERROR, PREEMPTED, OOM):
+        # An artifact is one of outputs that were damaged: while it stands, a signal would pass for one behind the end.
+        for leftover in (ERROR, PREEMPTED, OOM, ARTIFACT):
             (directory / leftover).unlink(missing_ok=True)
         say(f"{order.stage:<14}starting")
         check_unchanged(order, directory.parent)

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from tasks import launch
 from tasks.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
 from tasks.launch import WorkerFailed
-from tasks.stage import file_sha256, is_done, read_artifact, read_order, write_order
+from tasks.stage import ARTIFACT, file_sha256, finish, is_done, read_artifact, read_order, write_order
 from tasks.training.checkpoint import FOLDER, list_checkpoints, step_of, writing_folder
 from tasks.training.metrics import read_metrics
 from tasks.training.states import STATE
@@ -263,6 +263,20 @@ def test_a_done_stage_returns_at_once(stories: dict[str, Future[Any]]) -> None:
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.name != "worker.log"}
     assert run_worker(directory) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_done_stage_that_was_damaged_is_stopped_like_any_other(tmp_path: Path, base: Path, long_rows: Path) -> None:
+    directory = make_stage(tmp_path, base, long_rows, batch_tokens=SEQ_LEN)
+    (directory / "model").mkdir()
+    (directory / "model/model.safetensors").write_text("weights")
+    finish(directory, ["model"], {}, 1.0)
+    shutil.rmtree(directory / "model")
+    worker = start_worker(directory)
+    wait_until(lambda: num_lines(directory) >= 3, worker)
+    worker.terminate()
+    assert finish_worker(worker) == EXIT_PREEMPTED
+    assert step_of(list_checkpoints(directory)[0]) == num_lines(directory) < NUM_STEPS
+    assert not (directory / ARTIFACT).exists(), "a run that goes on would set the checkpoints aside with it"
 
 
 def test_of_several_processes_the_one_that_died_first_is_told(tmp_path: Path, base: Path, long_rows: Path) -> None:
