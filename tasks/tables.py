@@ -81,7 +81,7 @@ def training_facts(directory: Path) -> list[tuple[str, str]]:
         *([("steps skipped", f"{len(skipped):,}")] if (skipped := counts.get("skipped_steps")) else []),
         ("final loss", f"{counts['final_loss']:.4f}"),
         ("tokens a second", f"{counts['tokens_per_second']:,.0f}"),
-        ("weights that moved", f"{counts['weights_moved_share']:.1%}"),
+        *([("weights that moved", f"{moved:.1%}")] if (moved := counts["weights_moved_share"]) is not None else []),
         ("seconds", f"{artifact['seconds']:,.0f}"),
     ]
 

@@ -111,8 +111,9 @@ def _work(directory: Path) -> int:
         check_unchanged(order, directory.parent)
         finish(directory, OUTPUTS, counts, time.monotonic() - started_at + counts["seconds_earlier"])
         _clear(directory)
-        say(f"{order.stage:<14}done: loss {counts['final_loss']:.3f}, {counts['tokens_per_second']:,.0f} tok/s, "
-            f"{counts['weights_moved_share']:.1%} of the weights moved")  # fmt: skip
+        moved = counts["weights_moved_share"]
+        say(f"{order.stage:<14}done: loss {counts['final_loss']:.3f}, {counts['tokens_per_second']:,.0f} tok/s"
+            + ("" if moved is None else f", {moved:.1%} of the weights moved"))  # fmt: skip
         if warning := loss_rose(counts):
             say(f"{order.stage:<14}{warning}")
     return 0

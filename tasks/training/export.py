@@ -134,22 +134,24 @@ def clear_unfinished(directory: Path) -> None:
     shutil.rmtree(directory / WRITING, ignore_errors=True)
 
 
-def moved_share(before: Path, after: Path) -> float:
+def moved_share(before: Path, after: Path, prefix: str = "") -> float | None:
     """The share of weights that differ from where they started, tensor by tensor; rows that were added do not count.
 
-    They started as `before` in the dtype that they were trained in: rounding on loading is no move.
+    They started as `before` in the dtype that they were trained in: rounding on loading is no move. Names count without
+    the model's `prefix`, which the files of some bases lack (GPT-2's). None where not one name is the same.
     """
     moved = total = 0
-    old_files = tensor_files(before)
+    old_files = {name.removeprefix(f"{prefix}."): (name, file) for name, file in tensor_files(before).items()}
     for name, file in tensor_files(after).items():
-        if name not in old_files:
+        if name.removeprefix(f"{prefix}.") not in old_files:
             continue
-        new, old = read_tensor(file, name), read_tensor(old_files[name], name)
+        old_name, old_file = old_files[name.removeprefix(f"{prefix}.")]
+        new, old = read_tensor(file, name), read_tensor(old_file, old_name)
         new = new[: old.shape[0]] if new.shape[1:] == old.shape[1:] else new
         assert new.shape == old.shape, f"{name} changed its shape from {tuple(old.shape)} to {tuple(new.shape)}"
         moved += int((new != old.to(new.dtype)).sum())
         total += old.numel()
-    return moved / max(1, total)
+    return moved / total if total else None
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

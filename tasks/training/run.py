@@ -157,13 +157,13 @@ def assemble(
     return trainer
 
 
-def save(directory: Path, inputs: Inputs, trainer: RowTrainer, tensors: Iterable[tuple[str, Any]]) -> float:
-    """Export, and close the metrics; the share of weights that moved."""
+def save(directory: Path, inputs: Inputs, trainer: RowTrainer, tensors: Iterable[tuple[str, Any]]) -> float | None:
+    """Export, and close the metrics; the share of weights that moved, if it can be told."""
     stops = stop_ids(inputs.tokenizer, inputs.said)
     folder = export.export_model(directory, trainer.model, inputs.tokenizer, tensors, stops)
-    moved = export.moved_share(inputs.init, folder)
+    moved = export.moved_share(inputs.init, folder, getattr(trainer.model, "base_model_prefix", ""))
     assert trainer.step_log.metrics is not None
-    trainer.step_log.metrics.close(weights_moved_share=moved)
+    trainer.step_log.metrics.close(**({} if moved is None else {"weights_moved_share": moved}))
     return moved
 
 

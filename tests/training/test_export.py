@@ -10,13 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from tasks.errors import UserError
+from tasks.stage import finish
+from tasks.tables import training_facts
+from tasks.training import export
 from tasks.training.deploy import copy_model
 from tasks.training.export import export_model, moved_share, write_weights
+from tasks.training.run import OUTPUTS
 from tests.training.conftest import (
+    VOCAB_SIZE,
     make_documents,
     make_model,
     make_prepared,
@@ -100,6 +112,30 @@ def test_fused_experts_are_exported_under_the_names_of_their_architecture(tmp_pa
     folder = export_model(tmp_path, model, make_tokenizer(), parameters(model), [1])
     ours = load_file(folder / "model.safetensors")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_weights_move_that_the_base_names_without_the_models_prefix(tmp_path: Path) -> None:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": VOCAB_SIZE}
+    GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=1, bos_token_id=1)).save_pretrained(tmp_path / "init")
+    make_tokenizer().save_pretrained(tmp_path / "init")
+    file = tmp_path / "init/model.safetensors"
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    prepared = make_prepared(tmp_path / "prepared", pack(make_documents(8)))
+    directory = make_stage(tmp_path, tmp_path / "init", prepared)
+    assert 0.8 < train_here(directory)["weights_moved_share"] <= 1
+    assert not tensors.keys() & load_file(directory / "model/model.safetensors").keys()
+    assert moved_share(tmp_path / "init", directory / "model") is None
+
+
+def test_of_weights_that_cannot_be_compared_nothing_is_said(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "moved_share", lambda *_: None)
+    directory = make_stage(tmp_path, base, make_prepared(tmp_path / "prepared", pack(make_documents(8))))
+    counts = train_here(directory)
+    finish(directory, OUTPUTS, counts, 1.0)
+    assert "weights that moved" not in dict(training_facts(directory)) and counts["weights_moved_share"] is None
 
 
 def test_no_more_than_a_file_is_in_memory(tmp_path: Path) -> None:
