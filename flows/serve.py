@@ -96,6 +96,10 @@ def _start_database(wanted: str | None, home: Path, services: list[Service]) -> 
     if DATABASE in os.environ:
         return f"as {DATABASE} says"
     binaries = postgres.find_binaries()
+    if wanted is None and binaries is None and (stands := home / "postgres" / "PG_VERSION").exists():
+        raise UserError(f"the database is of PostgreSQL {stands.read_text().strip()}, which is not installed any more",
+                        where=str(stands.parent), todo="install it; or, without history and secrets, for a look: "
+                        "make serve DATABASE=sqlite")  # fmt: skip
     if wanted == "sqlite" or (wanted is None and binaries is None):
         install = "" if binaries else "; install PostgreSQL (Debian: apt-get install postgresql) for more"
         return f"SQLite in {home}, for a look only: it locks under workers{install}"

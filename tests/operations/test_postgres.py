@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import postgres
+from flows import postgres, serve
 from flows.postgres import as_user, find_binaries, forget_dead_server, prepare_cluster
 from flows.services import Service
 from tasks.errors import UserError
@@ -45,6 +45,19 @@ def test_a_killed_guard_takes_postgresql_along_though_a_client_is_connected(
     finally:
         service.stop()
         shutil.rmtree(cluster.data)
+
+
+def test_a_database_whose_programs_are_gone_is_not_replaced_by_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(serve.DATABASE, raising=False)
+    monkeypatch.setattr(postgres, "find_binaries", lambda: None)
+    assert serve._start_database(None, tmp_path, []).startswith("SQLite")
+    (tmp_path / "postgres").mkdir()
+    (tmp_path / "postgres/PG_VERSION").write_text("15\n")
+    with pytest.raises(UserError, match="PostgreSQL 15, which is not installed any more"):
+        serve._start_database(None, tmp_path, [])
+    assert serve._start_database("sqlite", tmp_path, []).startswith("SQLite")
 
 
 def install(folder: Path, version: str) -> None:
