@@ -12,8 +12,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from tasks.errors import UserError
 from tasks.layers import CROSS_BORDERS, check_layers
 from tasks.training import model as training_model
-from tasks.training.isolation import needs_probe
+from tasks.training.attention import attention_plan, choose_attention
+from tasks.training.isolation import HELD_BY_TESTS, check_isolation, needs_probe
 from tasks.training.metrics import read_metrics
+from tasks.training.rows import make_collate
 from tests.training.conftest import SEQ_LEN, VOCAB_SIZE, make_stage, make_tokenizer, train_here
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -54,6 +56,22 @@ def test_an_architecture_trains_and_packs_without_mixing(
         AutoModelForCausalLM.from_pretrained(directory / "model")
     assert losses[0][-1] < losses[0][0]
     assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 4])
+@pytest.mark.parametrize("architecture", sorted(HELD_BY_TESTS))
+def test_a_family_that_is_not_probed_keeps_documents_apart(
+    tmp_path: Path, architecture: str, sliding_window: int | None
+) -> None:
+    init = make_init(tmp_path, architecture, {"head_dim": 8, "sliding_window": sliding_window or SEQ_LEN})
+    attention = choose_attention(AutoConfig.from_pretrained(init), SEQ_LEN)
+    model = AutoModelForCausalLM.from_pretrained(init, attn_implementation=attention)
+    check_isolation(model, make_collate(attention_plan(attention, "cpu")), bf16=False)
+    with pytest.raises(UserError, match="see each other"):  # one document, as if its border were not there
+        whole = make_collate(attention_plan(attention, "cpu"))
+        check_isolation(
+            model, lambda rows: whole([rows[0] | {"seq_lengths": rows[0]["seq_lengths"].sum()[None]}]), False
+        )
 
 
 CROSSING = {  # tiny models in which a document sees the one before it
