@@ -110,9 +110,10 @@ def test_every_stateful_model_of_transformers_is_refused_with_and_without_a_list
 
 
 def test_convolutions_are_refused_and_layers_that_keep_documents_apart_pass() -> None:
-    for mixing in ({"layer_types": ["conv", "full_attention"]}, {"model_type": "lfm2", "full_attn_idxs": [1]}):
+    for mixing in ({"layer_types": ["conv", "full_attention"]}, {"model_type": "lfm2", "full_attn_idxs": [1]},
+                   {"model_type": "llama4_text", "layer_types": ["chunked_attention", "full_attention"]}):  # fmt: skip
         with pytest.raises(UserError, match="see each other"):
             check_layers(mixing, "model.path")
-    for said in (["attention"] * 3, ["full_attention", "sliding_attention"], ["chunked_attention"], ["moe", "mlp"]):
+    for said in (["attention"] * 3, ["full_attention", "sliding_attention"], ["moe", "mlp"]):
         check_layers({"model_type": "granitemoehybrid", "layers_block_type": said}, "model.path")
     check_layers({"model_type": "llama", "layer_types": None}, "model.path")

@@ -14,16 +14,19 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from transformers import AutoConfig
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
 from tasks import launch  # noqa: E402
+from tasks.errors import EXIT_USER_ERROR  # noqa: E402
 from tasks.execute import compute  # noqa: E402
 from tasks.plan import Planned  # noqa: E402
-from tasks.stage import read_artifact, read_order, write_order  # noqa: E402
+from tasks.stage import ERROR, read_artifact, read_order, write_order  # noqa: E402
 from tasks.training.attention import ISOLATED, attention_plan, isolated_attention  # noqa: E402
+from tasks.training.isolation import needs_probe  # noqa: E402
 from tasks.training.linear_loss import linear_cross_entropy  # noqa: E402
 from tasks.training.metrics import read_metrics  # noqa: E402
 from tasks.training.stochastic import StochasticAdamW8bit  # noqa: E402
@@ -40,9 +43,16 @@ from tests.training.conftest import (  # noqa: E402
     wait_until,
     weights,
 )
+from tests.training.test_architectures import make_init  # noqa: E402
 from tests.training.test_loading import WHOLE, with_a_stranger, with_new_tokens  # noqa: E402
 
+COMPILED = {"device": "cuda", "precision": "bf16-stochastic", "compile": True}
 LENGTHS = [400, 3, 1, 333, 170, 117]
+
+
+def make_small(folder: Path) -> Path:
+    """Rows of some ten steps."""
+    return make_prepared(folder / "prepare_cpt-test", pack(make_documents(120))[:42])
 
 
 def block_mask_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -156,7 +166,7 @@ def test_a_worker_on_a_gpu_gives_the_cpus_weights_in_float32(backend: str, tmp_p
     if backend == "unsloth" and importlib.util.find_spec("unsloth") is None:  # importing it here would patch torch
         pytest.skip("Unsloth is not installed")
     base = make_model(tmp_path / "base")
-    prepared = make_prepared(tmp_path / "prepare_cpt-test", pack(make_documents(120))[:42])
+    prepared = make_small(tmp_path)
     stages = {}
     for device in ("cpu", "cuda"):
         how = {
@@ -205,7 +215,7 @@ def test_weights_in_the_hosts_memory_learn_the_same(processes: int, tmp_path: Pa
     if torch.cuda.device_count() < processes:
         pytest.skip("needs two GPUs")
     base = make_model(tmp_path / "base")
-    prepared = make_prepared(tmp_path / "prepare_cpt-test", pack(make_documents(120))[:42])
+    prepared = make_small(tmp_path)
     stages = {}
     for offload in ("none", "cpu"):
         how = {"device": "cuda", "processes": processes, "offload": offload, "compile": False}
@@ -289,6 +299,23 @@ def test_compiled_layers_learn_what_the_others_do(recompute: str, tmp_path: Path
         curves.append([line["loss"] for line in read_metrics(stage)])
     assert len(curves[0]) == 21 and abs(curves[1][0] / curves[0][0] - 1) < 2e-3
     assert max(abs(b / a - 1) for a, b in zip(*curves, strict=True)) < 0.01
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_family_that_no_test_holds_is_asked_and_trains(processes: int, tmp_path: Path) -> None:
+    """The probe before the first step, with layers to compile, our kernels and shards."""
+    if torch.cuda.device_count() < processes:
+        pytest.skip("needs two GPUs")
+    base = make_init(tmp_path / "base", "olmo2", {})
+    assert needs_probe(AutoConfig.from_pretrained(base))
+    run_on(make_stage(tmp_path, base, make_small(tmp_path), COMPILED | {"processes": processes}), processes)
+
+
+def test_a_model_whose_documents_see_each_other_is_refused_here_too(tmp_path: Path) -> None:
+    bart = {"is_decoder": True, "init_std": 0.5, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4}
+    stage = make_stage(tmp_path, make_init(tmp_path / "base", "bart", bart), make_small(tmp_path), COMPILED)
+    assert run_worker(stage) == EXIT_USER_ERROR
+    assert "with another document before it, the losses of one changed by" in (stage / ERROR).read_text()
 
 
 @pytest.mark.timeout(900)
