@@ -1,8 +1,8 @@
 """Chats: render with the chat template, find what the assistant says, turn both into token ids and a mask.
 
 Trained on: what stands in `{% generation %}` blocks, or, when the template has none, each assistant turn's content,
-found by rendering it once more between private-use characters: its thought, where the template leaves it in, and its
-answer. Either way the token that ends the turn belongs to it.
+found by rendering it once more between private-use characters: its thought, where the template leaves it in, its answer
+and its calls. Either way the token that ends the turn belongs to it.
 
 A text that spells a control token (`<|im_end|>` in a user's question) must stay text. Only for such chats, content is
 rendered with those spellings replaced by private-use characters; then control tokens are what the template wrote, and
@@ -11,6 +11,7 @@ the replaced spellings are put back and encoded as plain text.
 
 from __future__ import annotations
 
+import copy
 import re
 from datetime import datetime
 from typing import Any
@@ -23,7 +24,8 @@ from tasks.errors import UserError
 from tasks.preparation.records import Message
 
 Spans = list[tuple[int, int]]  # of characters
-Marks = tuple[str, str, str]  # of a turn: before its thought, before its answer (or all it says), behind that
+# Of a turn: before its thought, before its answer (or all it says), behind that, in the name of its first call.
+Marks = tuple[str, ...]
 
 PRIVATE_FIRST, PRIVATE_LAST = 0xF0000, 0xFFFFD  # plane 15: assigned to nobody
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -62,18 +64,19 @@ class ChatEncoder:
     def render(self, chat: list[Message], where: str) -> tuple[str, Spans]:
         """The text of a chat, and what of it is trained on."""
         text, spans = self._render(chat, where)
+        _check_calls(chat, text, where)
         if not self.has_generation:
             spans = self._spans_by_marking(chat, text, where)
         return text, [(start, self._with_end_of_turn(text, start, end)) for start, end in spans]
 
-    def _render(self, chat: list[Message], where: str) -> tuple[str, Spans]:
+    def _render(self, chat: list[Message], where: str, **options: Any) -> tuple[str, Spans]:
         # Imported here: it takes 1 s, and only chats need it.
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render: Any = render_jinja_template
         try:
-            texts, spans = render([chat], chat_template=self.template,
-                                  return_assistant_tokens_mask=self.has_generation, **self.variables)  # fmt: skip
+            texts, spans = render([chat], chat_template=self.template, return_assistant_tokens_mask=self.has_generation,
+                                  **options, **self.variables)  # fmt: skip
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template refuses the chat: {error}", where=where,
                             todo="correct the record, or set `model.chat_template`") from None  # fmt: skip
@@ -114,18 +117,37 @@ class ChatEncoder:
 
     def _marked_spans(self, chat: list[Message], text: str, where: str, apart: bool, blanks: str | None) -> Spans:
         """The spans by one more rendering; empty when the marks changed the text, or came out in another order."""
-        private = iter(_unused_private(text + _all_text(chat), 3 * len(chat)))
+        private = iter(_unused_private(text + _all_text(chat), 4 * len(chat)))
         # Each turn has its own: a span from one turn's beginning to another's end would hold what the user says.
-        marks = [(next(private), next(private), next(private)) for _ in chat]
+        marks = [tuple(next(private) for _ in range(4)) for _ in chat]
         marked, _ = self._render([_mark(*pair, apart, blanks) for pair in zip(chat, marks, strict=True)], where)
         unmarked, at = _take_marks(marked, {mark for turn in marks for mark in turn})
-        # Every turn is looked for, but of one with calls some templates write the calls only.
-        turns = [turn for turn, message in zip(marks, chat, strict=True)
-                 if message["role"] == "assistant" and (at.keys() & turn or not message.get("tool_calls"))]  # fmt: skip
-        expected = [mark for thought, *answer in turns for mark in ([thought] if thought in at else []) + answer]
-        if unmarked != text or list(at) != expected:
+        turns = [pair for pair in zip(marks, chat, strict=True) if pair[1]["role"] == "assistant"]
+        if unmarked != text or list(at) != [mark for turn, message in turns for mark in _expected(turn, message, at)]:
             return []
-        return [_with_first_tag(text, at.get(thought, at[open_]), at[close]) for thought, open_, close in turns]
+        spans = []
+        for (thought, open_, close, call), message in turns:
+            start, end = at.get(open_, -1), at.get(close, -1)
+            if message.get("tool_calls"):  # up to the end of the turn, whatever the template writes around them
+                start = start if open_ in at else self._behind_header(text, at[call])
+                end = text.find(self.end_of_turn, at[call]) if self._ends_with_calls(message, where) else -1
+            if start < 0 or end < 0:
+                return []
+            spans.append(_with_first_tag(text, at.get(thought, start), end))
+        return spans
+
+    def _behind_header(self, text: str, call: int) -> int:
+        """Where a turn begins that is nothing but calls; -1 if that cannot be told."""
+        question, where = PROBE[:1], "the chat template"
+        header = self._render(question, where, add_generation_prompt=True)[0]
+        header = header.removeprefix(self._render(question, where)[0])
+        start = text.rfind(header, 0, call) + len(header) if header and header in text[:call] else -1
+        return start if self.end_of_turn not in text[max(start, 0) : call] else -1
+
+    def _ends_with_calls(self, message: Message, where: str) -> bool:
+        """Whether the template ends a turn with calls as any other: else the next end is that of another turn."""
+        text, _ = self._render([*PROBE[:1], message], where)
+        return self.end_of_turn in text[text.rfind(_calls(message)[0]["name"]) :]
 
     def _with_end_of_turn(self, text: str, start: int, end: int) -> int:
         """Where the turn ends when the token that ends it is counted in."""
@@ -158,11 +180,36 @@ def _inside(starts: np.ndarray, spans: Spans) -> np.ndarray:
     return inside
 
 
+def _check_calls(chat: list[Message], text: str, where: str) -> None:
+    """What the template does not write is not learned: then the calls would be lost without a word."""
+    for name in (str(call["name"]) for message in chat for call in _calls(message)):
+        if name not in text:
+            raise UserError(f"the chat template leaves out the assistant's call of '{name}'", where=where,
+                            allowed="a template that writes `tool_calls`, or chats without them",
+                            todo="set `model.chat_template` to one that does")  # fmt: skip
+
+
+def _calls(message: Message) -> list[dict[str, Any]]:
+    """What holds the name of each call of a turn: OpenAI's form, or the bare one."""
+    found = [call.get("function", call) for call in message.get("tool_calls") or [] if isinstance(call, dict)]
+    return [call for call in found if isinstance(call, dict) and isinstance(call.get("name"), str)]
+
+
+def _expected(marks: Marks, message: Message, at: dict[str, int]) -> list[str]:
+    """The marks of a turn in their order. Of one with calls some templates leave out what else it says."""
+    thought, open_, close, call = marks
+    calls_only = bool(message.get("tool_calls")) and not {open_, close} & at.keys()
+    return [*([thought] if thought in at else []), *([] if calls_only else [open_, close]),
+            *([call] if message.get("tool_calls") else [])]  # fmt: skip
+
+
 def _mark(message: Message, marks: Marks, apart: bool, blanks: str | None) -> Message:
     if message["role"] != "assistant":
         return message
-    thought, open_, close = marks
-    marked = dict(message)
+    thought, open_, close, call = marks
+    marked = copy.deepcopy(message) if message.get("tool_calls") else dict(message)
+    for named in _calls(marked)[:1]:
+        named["name"] = named["name"][:1] + call + named["name"][1:]
     parts = message["content"].split(THOUGHT_ENDS) if apart else [message["content"]]
     if len(parts) > 1:
         head, begins, inner = parts[0].rpartition(THOUGHT_BEGINS)
@@ -170,8 +217,9 @@ def _mark(message: Message, marks: Marks, apart: bool, blanks: str | None) -> Me
     elif isinstance(message.get("reasoning_content"), str):
         marked["reasoning_content"] = _before_words(message["reasoning_content"], thought)
     core = parts[-1].strip(blanks)
-    head, tail = parts[-1].split(core, 1) if core else (parts[-1], "")
-    parts[-1] = f"{head}{open_}{core}{close}{tail}"
+    if parts[-1].strip() or not message.get("tool_calls"):  # templates ask whether there are words beside the calls
+        head, tail = parts[-1].split(core, 1) if core else (parts[-1], "")
+        parts[-1] = f"{head}{open_}{core}{close}{tail}"
     return {**marked, "content": THOUGHT_ENDS.join(parts)}
 
 

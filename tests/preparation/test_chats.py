@@ -394,3 +394,55 @@ def test_a_short_answer_stays_and_an_empty_one_goes(stage: Stage, tmp_path: Path
     ledger = json.loads((directory / "ledger.json").read_text())["sources"]["c"]
     assert ledger["kept"]["documents"] == 1
     assert ledger["dropped"]["empty"]["documents"] == 1
+
+
+# How Qwen writes calls, and how Llama does: one after what else is said, one nothing but it.
+CALLING = """{%- for message in messages -%}
+{%- if message.tool_calls -%}
+{{- '<|im_start|>assistant' -}}{%- if message.content -%}{{- '\n' + message.content -}}{%- endif -%}
+{%- for call in message.tool_calls -%}{%- set call = call.function or call -%}
+{{- '\n<tool_call>\n{"name": "' + call.name + '", "arguments": ' + (call.arguments | tojson) + '}\n</tool_call>' -}}
+{%- endfor -%}{{- '<|im_end|>\n' -}}
+{%- else -%}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' -}}{%- endif -%}
+{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+ONLY_CALLS = CALLING.replace("{%- if message.content -%}", "{%- if false -%}")
+ENDLESS = CALLING.replace("{%- endfor -%}{{- '<|im_end|>\n' -}}\n{%- else", "{%- endfor -%}{{- '\n' -}}\n{%- else")
+
+
+def calling_chat(words: str, bare: bool) -> list[dict[str, Any]]:
+    calls = [{"name": name, "arguments": {"city": "SECRET?".lower()}} for name in ("weather", "tides")]
+    return [
+        {"role": "user", "content": "SECRET question"},
+        {"role": "assistant", "content": words, "tool_calls": calls if bare else [{"function": one} for one in calls]},
+        {"role": "tool", "content": "SECRET sun"},
+        {"role": "assistant", "content": "It is sunny."},
+    ]
+
+
+def encoder_of(folder: Path, template: str) -> ChatEncoder:
+    make_tokenizer(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return ChatEncoder(template, {}, tokenizer, tokenizer)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("words", ["", "I look."])
+@pytest.mark.parametrize("template", [CALLING, ONLY_CALLS], ids=["calling", "only calls"])
+def test_calls_are_trained_on_with_what_else_the_turn_says(
+    tmp_path: Path, template: str, words: str, bare: bool
+) -> None:
+    text, spans = encoder_of(tmp_path, template).render(calling_chat(words, bare), "here")
+    called, answer = [text[start:end] for start, end in spans]
+    said = words if template == CALLING else ""
+    assert called.strip().startswith(said + ("\n" if said else "") + '<tool_call>\n{"name": "weather"')
+    assert '"tides"' in called and called.endswith("</tool_call><|im_end|>") and "SECRET" not in called
+    assert answer == "It is sunny.<|im_end|>"
+
+
+def test_calls_that_the_template_leaves_out_or_does_not_end_are_refused(tmp_path: Path) -> None:
+    for template in (UNMARKED, CHATML.read_text()):
+        with pytest.raises(UserError, match="leaves out the assistant's call of 'weather'"):
+            encoder_of(tmp_path, template).render(calling_chat("", bare=False), "here")
+    with pytest.raises(UserError, match="cannot tell what the assistant says"):
+        encoder_of(tmp_path, ENDLESS).render(calling_chat("I look.", bare=False), "here")
