@@ -186,6 +186,8 @@ class Evaluate(Section):
     def _check(self) -> Evaluate:
         if not self.tasks:
             raise ValueError("'evaluate' needs at least one task in 'domain' or 'general'")
+        if both := [name for name in self.general if name in self.domain]:
+            raise Misplaced(f"{both} stand in both 'domain' and 'general', which are judged differently", "general")
         return self
 
 

@@ -33,6 +33,7 @@ BAD = {
     "key twice": ("name: tiny", "name: tiny\nname: other", ["'name' stands twice", "run.yaml:2"]),
     "learning rate as text": ("1.0e-3\n  batch_tokens: 512\nsft", "fast\n  batch_tokens: 512\nsft", ["'fast'", "number"]),
     "no yaml": ("name: tiny", "name: [tiny", ["not readable as YAML", "run.yaml"]),
+    "task of both sides": ("general: []", "general: [tiny_bpb]", ["['tiny_bpb'] stand in both", "evaluate.general"]),
     "gate of a side without tasks": ("\nevaluate:", "\ngate: {max_general_drop: 0.1}\nevaluate:",
                                      ["evaluate.general names no task", "gate.max_general_drop"]),
     "gate without a number": ("\nevaluate:", "\ngate: {min_domain_gain: .nan}\nevaluate:", ["finite", "min_domain_gain"]),
