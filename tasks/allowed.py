@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -20,7 +21,7 @@ _WORDS = {
     "too_long": "a list with fewer values",
     "string_pattern_mismatch": "letters, digits, '_', '.' and '-', the first one a letter or a digit",
 }
-_UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
 
 
 def allowed_words(error: dict[str, Any]) -> str:
@@ -39,9 +40,12 @@ def meant(error: dict[str, Any]) -> str:
     elif not whole and re.fullmatch(r"\d+,\d+", text):
         number = float(text.replace(",", "."))
     elif found := re.fullmatch(r"([\d_]*\.?\d+(?:e[+-]?\d+)?)\s*([kmbg%]?)", text, re.IGNORECASE):
-        unit = found[2].lower()
-        number = float(found[1].replace("_", "")) * (0.01 if unit == "%" else _UNITS.get(unit, 1))
+        number = float(found[1].replace("_", "")) * (_UNITS if whole else {"": 1, "%": 0.01}).get(
+            found[2].lower(), math.nan
+        )
     else:
+        return ""
+    if not math.isfinite(number):
         return ""
     if not whole:
         return f"write {number:g}"

@@ -43,6 +43,8 @@ BAD = {
     "a list as a key": ("name: tiny", "? [name]\n: tiny", ["a key is a list or a mapping", "run.yaml:1"]),
     "thousands": ("tokens: 4096", "tokens: 4k", ["tokens is '4k'", "write 4_000"]),
     "an exponent": ("tokens: 4096", "tokens: 4.1e3", ["an integer", "write 4_100"]),
+    "beyond all numbers": ("tokens: 4096", "tokens: 1e999", ["tokens is '1e999'", "an integer"]),
+    "a thousandth or a million": ("1.0e-3\n  batch_tokens: 512\nsft", "1m\n  batch_tokens: 512\nsft", ["'1m'", "a number"]),
     "half a token": ("tokens: 4096", "tokens: 4096.5", ["4096.5", "an integer"]),
     "comma of thousands": ("tokens: 4096", "tokens: 4,096", ["write 4_096"]),
     "per cent": ("general: 0.25", "general: 25 %", ["general is '25 %'", "a fraction", "write 0.25"]),
