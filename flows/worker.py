@@ -10,6 +10,7 @@ the UI shows as Cancelled what goes on; after twelve the worker ends, and its gu
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -39,13 +40,18 @@ async def unending_loop(workload: Callable[..., Coroutine[Any, Any, Any]], inter
 
     What the server refuses (a wrong password, a pool that is gone) still ends it.
     """
+    last: deque[str] = deque(maxlen=1)  # of the lines, tracebacks among them, that Prefect's would print
+
+    def note(*printed: object) -> None:
+        last.extend(line.strip() for text in printed for line in str(text).splitlines() if line.strip())
+
     while True:
         try:
-            return await critical_service_loop(workload, interval, **({"printer": _say_nothing} | options))
+            return await critical_service_loop(workload, interval, **({"printer": note} | options))
         except RuntimeError as error:
             if str(error) != GAVE_UP:
                 raise
-        get_logger("worker").warning("The server does not answer; runs go on, and it is asked again.")
+        get_logger("worker").warning("The server does not answer; runs go on, and it is asked again: %s", *last)
         await anyio.sleep(interval)
 
 
@@ -56,10 +62,6 @@ async def patient_subscriber(**options: Any) -> AsyncIterator[PrefectEventSubscr
         # Not from the start: where events never come through, Prefect asks for cancelled runs instead.
         subscriber._reconnection_attempts = sys.maxsize
         yield subscriber
-
-
-def _say_nothing(*_: object) -> None:
-    """In place of tracebacks every half minute."""
 
 
 if __name__ == "__main__":

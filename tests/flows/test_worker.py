@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import anyio
 import httpx
@@ -52,16 +53,22 @@ AWAY = {
 
 @pytest.mark.parametrize("backoff", [1, 4])  # of a run's watch for cancellations, and of the worker's polls
 @pytest.mark.parametrize("kind", AWAY)
-def test_polls_go_on_until_the_server_is_back(naps: list[float], kind: str, backoff: int) -> None:
+def test_polls_go_on_until_the_server_is_back(
+    naps: list[float], kind: str, backoff: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    logger = SimpleNamespace(warning=lambda text, *words: warnings.append(text % words))
+    monkeypatch.setattr(worker, "get_logger", lambda name: logger)
     polls, poll = server_away(AWAY[kind])
     with pytest.raises(Done):
         anyio.run(lambda: worker.unending_loop(poll, 10, jitter_range=0.3, backoff=backoff))
     assert len(polls) == POLLS_IN_VAIN + 2
+    assert len(warnings) == POLLS_IN_VAIN // (3 * backoff) and all(str(AWAY[kind]) in one for one in warnings)
     assert max(naps) < 10 * 2**backoff  # the pauses begin anew: it notices soon that the server is back
 
     polls, poll = server_away(AWAY[kind])
     with pytest.raises(RuntimeError, match=worker.GAVE_UP):  # else we need not mend it
-        anyio.run(lambda: critical_service_loop(poll, 10, backoff=backoff, printer=worker._say_nothing))
+        anyio.run(lambda: critical_service_loop(poll, 10, backoff=backoff, printer=lambda *_: None))
     assert len(polls) == 3 * backoff
 
 
