@@ -18,11 +18,13 @@ from typing import Any
 import anyio
 from prefect._internal import observers
 from prefect.cli import app as prefect
+from prefect.events import Event
 from prefect.events.clients import PrefectEventSubscriber, get_events_subscriber
 from prefect.logging import get_logger
 from prefect.utilities.services import critical_service_loop
 from prefect.workers import base
 
+GREETINGS = 1000  # in vain, a second each
 GAVE_UP = "Service exceeded error threshold."  # all that Prefect's loop says of it
 
 
@@ -56,12 +58,24 @@ async def unending_loop(workload: Callable[..., Coroutine[Any, Any, Any]], inter
 
 
 @asynccontextmanager
-async def patient_subscriber(**options: Any) -> AsyncIterator[PrefectEventSubscriber]:
+async def patient_subscriber(**options: Any) -> AsyncIterator[AsyncIterator[Event]]:
     """Prefect's stream of events, connected again every second for as long as it takes; it sends what was missed."""
     async with get_events_subscriber(**options, reconnect_on_clean_close=True) as subscriber:
         # Not from the start: where events never come through, Prefect asks for cancelled runs instead.
         subscriber._reconnection_attempts = sys.maxsize
-        yield subscriber
+        yield _events(subscriber)
+
+
+async def _events(subscriber: PrefectEventSubscriber) -> AsyncIterator[Event]:
+    """Its events, also behind what it takes for final: a server that dies or is not ready while it is greeted."""
+    for _ in range(GREETINGS):
+        try:
+            async for event in subscriber:
+                yield event
+        except Exception:  # it says which of many libraries' in words only; behind the last one Prefect asks instead
+            subscriber._websocket = None
+        await anyio.sleep(1)
+    raise RuntimeError("the server's events do not come through")
 
 
 if __name__ == "__main__":

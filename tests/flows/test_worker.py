@@ -78,3 +78,30 @@ def test_what_the_server_refuses_ends_the_loop(naps: list[float]) -> None:
     with pytest.raises(httpx.HTTPStatusError):
         anyio.run(lambda: worker.unending_loop(poll, 10))
     assert len(polls) == 1
+
+
+class Greeted:
+    """A stream of events whose connection breaks twice while it is greeted, then brings one."""
+
+    def __init__(self) -> None:
+        self._websocket: object = object()
+        self.broken: list[object] = []
+
+    def __aiter__(self) -> Greeted:
+        return self
+
+    async def __anext__(self) -> str:
+        self.broken.append(self._websocket)
+        if len(self.broken) < 3:
+            raise Exception("Unable to authenticate to the event stream")  # as Prefect's own says it
+        return "Cancelling"
+
+
+def test_events_come_also_behind_a_server_that_died_while_it_was_greeted(naps: list[float]) -> None:
+    stream = Greeted()
+
+    async def first() -> str:
+        return await anext(worker._events(stream))
+
+    assert anyio.run(first) == "Cancelling"
+    assert len(stream.broken) == 3 and stream.broken[-1] is None  # it connects anew, not on the broken one
